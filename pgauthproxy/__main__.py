@@ -1,0 +1,5 @@
+"""`python -m pgauthproxy` is the command `pgauthproxy`."""
+
+from pgauthproxy.cli import main
+
+main()

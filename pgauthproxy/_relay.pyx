@@ -1,0 +1,189 @@
+"""The forwarding ends: what a session is made of once both logins are done.
+
+Two `End`s stand back to back, each the protocol of one transport. What one reads is sent to the other's socket at
+once; nothing is decoded, and a session that is silent holds no buffer, no timer and no task.
+
+Strategy:
+- All ends read into one buffer that they share. What the peer's socket does not take at once is handed to the peer's
+  transport, and the sender is paused until that is gone. So a session holds at most one buffer in each direction.
+- Sockets without TLS are written with send(2) directly: between reading and writing there is no Python object.
+  A transport that wraps its bytes (fd -1) gets them through `write`.
+- A failed send does not close the peer that it was meant for: what that peer had sent before it went is still to be
+  read, and its own read tells how it ended.
+
+An end must never write into the middle of a message of its own accord. `at_message_boundary` says when it may.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.string cimport memcmp, memcpy, memmove
+
+
+cdef extern from "sys/socket.h" nogil:
+    ssize_t send(int fd, const void *data, size_t size, int flags)
+
+
+cdef enum:
+    # ReadyForQuery: type, length 5, transaction status
+    READY_BYTES = 6
+    READY_FIXED_BYTES = 5
+
+cdef char *READY_FOR_QUERY = b"Z\x00\x00\x00\x05"
+
+
+@cython.final
+cdef class ForwardBuffer:
+    """The bytes between a read and its write; one for all sessions of an event loop. `size` is in bytes."""
+
+    cdef readonly bytearray space
+    cdef char *_at
+
+    def __cinit__(self, Py_ssize_t size):
+        if size < 1:
+            raise ValueError("the forwarding buffer must hold at least one byte")
+        self.space = bytearray(size)
+        self._at = self.space
+
+
+@cython.final
+@cython.no_gc
+cdef class End:
+    """One side of a session: reads its own transport, writes the other's.
+
+    A protocol in asyncio's sense (BufferedProtocol). States, in order: made, joined (`join`), started (`start`), at
+    end of file (its peer told, once all is written), lost. Reports to `session`: `end_lost(end, error)` once for each end,
+    and `target_finished()` when the target has nothing more to say.
+    """
+
+    cdef readonly object transport
+    cdef object _session
+    cdef End _peer
+    cdef ForwardBuffer _buffer
+    cdef readonly unsigned long long received
+    cdef int _fd
+    cdef char[READY_BYTES] _tail
+    cdef readonly bint faces_target
+    cdef bint _holding
+    cdef bint _at_eof
+    cdef bint _broken
+
+    def __init__(self, session, transport, int fd, bint faces_target, ForwardBuffer buffer not None):
+        self._session = session
+        self.transport = transport
+        self._fd = fd
+        self.faces_target = faces_target
+        self._buffer = buffer
+        if faces_target:
+            # The greeting that the client was sent ends in one.
+            memcpy(self._tail, READY_FOR_QUERY, READY_FIXED_BYTES)
+
+    def start(self, bytes rest not None, bint at_eof):
+        """Begins to forward; `rest` was received by this transport before, `at_eof`: so was its end.
+
+        The two ends are joined, and the transports' protocols, by then.
+        """
+        cdef End peer = self._peer
+        if PyBytes_GET_SIZE(rest):
+            self.received += <unsigned long long>PyBytes_GET_SIZE(rest)
+            self._keep_tail(PyBytes_AS_STRING(rest), PyBytes_GET_SIZE(rest))
+            peer.transport.write(rest)
+        if at_eof:
+            if not self.eof_received():
+                self.transport.close()
+        elif not peer._holding:
+            self.transport.resume_reading()
+
+    @property
+    def at_message_boundary(self):
+        """Whether the last that was read from here was a whole ReadyForQuery, so that a message may follow it."""
+        return memcmp(self._tail, READY_FOR_QUERY, READY_FIXED_BYTES) == 0
+
+    @property
+    def at_eof(self):
+        """Whether this side has said that it sends nothing more."""
+        return self._at_eof
+
+    @property
+    def holding(self):
+        """Whether the transport has bytes that its socket did not take yet."""
+        return self._holding
+
+    def get_buffer(self, Py_ssize_t size_hint):
+        return self._buffer.space
+
+    def buffer_updated(self, Py_ssize_t count):
+        cdef End peer = self._peer
+        cdef char *at = self._buffer._at
+        cdef ssize_t sent = 0
+        self.received += <unsigned long long>count
+        self._keep_tail(at, count)
+        if peer is None or peer._broken:
+            return
+        if peer._fd >= 0 and not peer._holding:
+            sent = send(peer._fd, at, count, 0)
+            if sent == count:
+                return
+            if sent < 0:
+                if errno != EAGAIN and errno != EINTR:
+                    self._peer_refused()
+                    return
+                sent = 0
+        peer.transport.write(at[sent:count])
+
+    def eof_received(self):
+        """The client's half-close goes on to the target, whose answer may still be on its way; the target's ends all."""
+        self._at_eof = True
+        if self.faces_target:
+            self._session.target_finished()
+            return False
+        if self._peer is not None and not self._peer._broken:
+            self._peer.transport.write_eof()
+        return True
+
+    def pause_writing(self):
+        self._holding = True
+        if self._peer is not None:
+            self._peer.transport.pause_reading()
+
+    def resume_writing(self):
+        self._holding = False
+        if self._peer is not None and not self._peer._at_eof:
+            self._peer.transport.resume_reading()
+
+    def connection_lost(self, error):
+        cdef End peer = self._peer
+        session = self._session
+        self._session = None
+        self._peer = None
+        self._fd = -1
+        if peer is not None:
+            peer._peer = None
+        if session is not None:
+            session.end_lost(self, error)
+
+    cdef int _peer_refused(self) except -1:
+        self._peer._broken = True
+        if self._holding or self._peer._at_eof:
+            # Its reading is paused or over, so that it would never tell: there is nothing left to wait for.
+            self._peer.transport.abort()
+        else:
+            self.transport.pause_reading()
+        return 0
+
+    cdef inline void _keep_tail(self, const char *at, Py_ssize_t count) noexcept:
+        if count >= READY_BYTES:
+            memcpy(self._tail, at + count - READY_BYTES, READY_BYTES)
+        else:
+            memmove(self._tail, self._tail + count, READY_BYTES - count)
+            memcpy(self._tail + READY_BYTES - count, at, count)
+
+
+def join(End one not None, End other not None):
+    """Sets two ends back to back and makes them the protocols of their transports, whose reading is paused."""
+    one._peer = other
+    other._peer = one
+    for end in (one, other):
+        end.transport.set_protocol(end)
+        # Zero: the transport says at once when it holds anything, and when it holds nothing again.
+        end.transport.set_write_buffer_limits(0, 0)

@@ -1,0 +1,10 @@
+from libc.stdint cimport uint8_t, uint32_t
+
+
+cdef class Framer:
+    cdef bytearray _bytes
+    cdef Py_ssize_t _start
+    cdef uint32_t[256] _limits
+
+    cdef const uint8_t *_at(self) noexcept
+    cdef int _consume(self, Py_ssize_t count) except -1

@@ -1,0 +1,1 @@
+"""Who decides: the question, the answer, and the kinds of authenticator."""

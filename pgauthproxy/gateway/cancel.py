@@ -1,0 +1,97 @@
+"""Cancel requests: keys of our own making towards clients, the target's own towards the target.
+
+PostgreSQL manual, "Message Flow", Canceling Requests in Progress. A request gets no answer, whatever comes of it; its
+connection closes once the target has closed ours, since a client takes that for "it was passed on".
+"""
+
+import asyncio
+import hmac
+import secrets
+from typing import Final, Protocol, cast
+
+from pgauthproxy.net import dial
+from pgauthproxy.proto import messages
+from pgauthproxy.stages import Address
+
+PROCESS_ID_BYTES: Final = 4
+KEY_BYTES: Final = 8
+
+
+class Cancellable(Protocol):
+    """A session, as far as cancelling goes."""
+
+    cancel_key: bytes
+    cancelling: bool
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def target_key(self) -> bytes: ...
+    @property
+    def reached(self) -> Address: ...
+
+
+class CancelKeys:
+    """The keys that clients of this gateway hold."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[int, Cancellable] = {}
+
+    def issue(self, session: Cancellable) -> bytes:
+        """A fresh key for a session, 4 bytes of process ID (never negative, as PostgreSQL's are) and 4 of secret."""
+        process_id = 0
+        while process_id == 0 or process_id in self._sessions:
+            process_id = secrets.randbits(31)
+        self._sessions[process_id] = session
+        session.cancel_key = process_id.to_bytes(PROCESS_ID_BYTES) + secrets.token_bytes(KEY_BYTES - PROCESS_ID_BYTES)
+        return session.cancel_key
+
+    def forget(self, key: bytes) -> None:
+        self._sessions.pop(int.from_bytes(key[:PROCESS_ID_BYTES]), None)
+
+    def find(self, key: bytes) -> Cancellable | None:
+        """The session that this whole key belongs to."""
+        session = self._sessions.get(int.from_bytes(key[:PROCESS_ID_BYTES]))
+        if session is None or not hmac.compare_digest(session.cancel_key, key):
+            return None
+        return session
+
+
+class _CancelProtocol(asyncio.Protocol):
+    """Waits for the target to close the connection, as it does once it has acted."""
+
+    def __init__(self) -> None:
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports have the interface without the class.
+        self.transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+
+async def forward(session: Cancellable, seconds: float, options: dial.TcpOptions) -> str:
+    """Passes a cancel request on to a session's target, one at a time; returns what came of it, for the log."""
+    if not session.target_key:
+        return "the target issued no key"
+    if session.cancelling:
+        return "another request for this session is on its way"
+    session.cancelling = True
+    try:
+        async with asyncio.timeout(seconds):
+            made = await dial.connect(session.reached, _CancelProtocol, seconds, options)
+            try:
+                made.transport.write(messages.cancel_request(session.target_key))
+                await made.closed
+            finally:
+                made.transport.abort()
+    except dial.DialError as error:
+        return f"not passed on: {error}"
+    except TimeoutError:
+        return f"passed on, not confirmed in {seconds:g} s"
+    finally:
+        session.cancelling = False
+    return "passed on"

@@ -1,0 +1,307 @@
+"""A session from accept to close, in the order of its nine steps.
+
+`Session.log_in` is steps 1 to 7, top to bottom, under one deadline. Step 8 is `_attach` and the two compiled ends: no
+coroutine and no task lives on. Step 9 is `_close`, the one door out of a session, and `_refuse`, that of a login.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from pgauthproxy import _relay
+from pgauthproxy.auth.model import Authenticator, Denied, Question
+from pgauthproxy.errors import (
+    ADMIN_SHUTDOWN,
+    CANNOT_CONNECT_NOW,
+    INTERNAL_ERROR,
+    INVALID_AUTHORIZATION,
+    Fault,
+    GatewayFault,
+    wrong_password,
+)
+from pgauthproxy.events import Cancelled, CloseReason, Ended, LoggedIn, Refused, Sink
+from pgauthproxy.gateway import cancel, target_leg
+from pgauthproxy.gateway.cancel import CancelKeys
+from pgauthproxy.gateway.client_leg import ClientLeg, ClientPolicy
+from pgauthproxy.gateway.limits import Limits, too_many
+from pgauthproxy.gateway.salted_keys import SaltedKeys
+from pgauthproxy.gateway.target_leg import TargetLeg, TargetPolicy
+from pgauthproxy.proto import client_login, messages
+from pgauthproxy.proto.startup import CancelRequest
+from pgauthproxy.stages import Accepted, Address, Attached, Granted, Started
+
+
+@dataclass(slots=True)
+class Gateway:
+    """What all sessions of a process share. Times in seconds."""
+
+    authenticator: Authenticator
+    client: ClientPolicy
+    target: TargetPolicy
+    limits: Limits
+    login_timeout: float
+    cancel_timeout: float
+    close_timeout: float
+    buffer: _relay.ForwardBuffer
+    sink: Sink
+    keys: CancelKeys = field(default_factory=CancelKeys)
+    salted: SaltedKeys = field(default_factory=SaltedKeys)
+    sessions: "set[Session]" = field(default_factory=set)
+    draining: bool = False
+    idle: Callable[[], None] | None = None
+    """Called whenever the last session is over."""
+
+
+NOWHERE: Final = Address("", 0)
+
+
+def shutting_down() -> GatewayFault:
+    """57P03, for whoever is not in yet."""
+    return GatewayFault(CANNOT_CONNECT_NOW, "the gateway is shutting down")
+
+
+def _fd(transport: asyncio.Transport) -> int:
+    descriptor: int = transport.get_extra_info("socket").fileno()
+    return descriptor
+
+
+class Session:
+    """One client and its target. States, in order: logging in, relaying, closing (`_reason` is set), over."""
+
+    __slots__ = (
+        "_began",
+        "_cause",
+        "_client",
+        "_client_end",
+        "_detail",
+        "_ends_lost",
+        "_gateway",
+        "_number",
+        "_reason",
+        "_started",
+        "_target_end",
+        "_task",
+        "_timer",
+        "cancel_key",
+        "cancelling",
+        "reached",
+        "target_key",
+    )
+
+    def __init__(self, gateway: Gateway, number: int) -> None:
+        """`number` is unique in the gateway's life. Raises GatewayFault if there is no place for another login."""
+        gateway.limits.begin_login(number, self.refuse_login)
+        gateway.sessions.add(self)
+        self._gateway = gateway
+        self._number = number
+        self._began = time.monotonic()
+        self._client: ClientLeg | None = None
+        self._client_end: _relay.End | None = None
+        self._target_end: _relay.End | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._started: Started | None = None
+        self._cause: Fault | None = None
+        self._reason: CloseReason | None = None
+        self._detail = ""
+        self._ends_lost = 0
+        self.cancel_key = b""
+        self.cancelling = False
+        self.target_key = b""
+        self.reached: Address = NOWHERE
+
+    @property
+    def id(self) -> str:
+        """As in the logs, and as the authenticator gets it."""
+        return f"{self._number:x}"
+
+    def begin(self, connection: socket.socket, address: str) -> None:
+        """Takes over an accepted, non-blocking socket."""
+        loop = asyncio.get_running_loop()
+        deadline = GatewayFault(
+            INVALID_AUTHORIZATION, "canceling authentication due to timeout", "login_timeout: the login took too long"
+        )
+        self._timer = loop.call_later(self._gateway.login_timeout, self.refuse_login, deadline)
+        self._task = loop.create_task(self._run(connection, Accepted(self.id, address)))
+
+    def refuse_login(self, fault: Fault) -> None:
+        """Ends a login from outside; a session that has logged in is left alone."""
+        if self._task is not None and self._cause is None:
+            self._cause = fault
+            # Not at once: a task that is cancelled before its first step never gets to clean up.
+            asyncio.get_running_loop().call_soon(self._task.cancel)
+
+    def end(self, reason: CloseReason, told: bytes) -> None:
+        """Ends a session that has logged in; its client is told with 57P01, unless it is in the middle of a message."""
+        if self._client_end is None or self._target_end is None or self._reason is not None:
+            return
+        if self._target_end.at_message_boundary:
+            self._client_end.transport.write(messages.fatal(ADMIN_SHUTDOWN, told))
+        self._close(reason)
+
+    async def _run(self, connection: socket.socket, accepted: Accepted) -> None:
+        """The login, and what becomes of it."""
+        relaying = False
+        try:
+            relaying = await self.log_in(connection, accepted)
+        except Fault as fault:
+            self._refuse(accepted, fault)
+        except asyncio.CancelledError:
+            self._refuse(accepted, self._cause or shutting_down())
+        except Exception as error:  # a bug of ours costs one login and is told to its client and the log
+            what = f"internal error: {type(error).__name__}"
+            self._refuse(accepted, GatewayFault(INTERNAL_ERROR, "internal error of the gateway", what))
+            raise
+        finally:
+            self._task = None
+            self._gateway.limits.end_login(self._number)
+            if not relaying:
+                self._over()
+
+    async def log_in(self, connection: socket.socket, accepted: Accepted) -> bool:
+        """Steps 1 to 7. True if the session relays now, False if it was a cancel request. Raises Fault."""
+        gateway = self._gateway
+        loop = asyncio.get_running_loop()
+        _, client = await loop.connect_accepted_socket(ClientLeg, connection)
+        self._client = client
+
+        wanted = await client.receive_startup(gateway.client)
+        gateway.limits.named(self._number)
+        if isinstance(wanted, CancelRequest):
+            await self._cancel(client, wanted, accepted)
+            return False
+        started = self._started = Started(accepted, wanted.parameters)
+        if gateway.limits.full:
+            raise too_many(f"{gateway.limits.max_clients} clients (max_clients)")
+
+        proof = await client.receive_proof(started, gateway.client)
+        client.watch(self._client_left)
+
+        asked = time.monotonic()
+        granted = await self._ask(Question(started, proof.method, proof.answer, proof.salt), asked)
+        attached, target = await target_leg.attach(granted, gateway.target, gateway.salted.derive)
+        try:
+            self._attach(client, target, attached)
+        except BaseException:
+            target.abort()
+            raise
+        gateway.sink(LoggedIn(attached, time.monotonic() - self._began))
+        return True
+
+    def _client_left(self) -> None:
+        assert self._client is not None  # noqa: S101 (its watcher calls this)
+        self.refuse_login(self._client.gone_fault())
+
+    async def _ask(self, question: Question, asked: float) -> Granted:
+        """Steps 4: what the authenticator says."""
+        started = question.started
+        try:
+            mapping = await self._gateway.authenticator.ask(question)
+        except Denied as denied:
+            fault = wrong_password(started.user, denied.reason)
+            if denied.told is not None:
+                fault.told = denied.told
+            raise fault from None
+        return Granted(started, mapping, time.monotonic() - asked)
+
+    async def _cancel(self, client: ClientLeg, request: CancelRequest, accepted: Accepted) -> None:
+        """A cancel request is a connection of its own: it is answered by being closed."""
+        gateway = self._gateway
+        session = gateway.keys.find(request.key)
+        outcome = "nobody's key"
+        if session is not None:
+            outcome = await cancel.forward(session, gateway.cancel_timeout, gateway.target.tcp)
+        gateway.sink(Cancelled(accepted.address, session.id if session else "", outcome))
+        client.transport.close()
+
+    def _attach(self, client: ClientLeg, target: TargetLeg, attached: Attached) -> None:
+        """Steps 7 and 8: lets the client in and sets the two ends back to back."""
+        gateway = self._gateway
+        client_transport, client_rest, client_at_eof = client.hand_over()
+        target_transport, target_rest, target_at_eof = target.hand_over()
+        self._cancel_timer()
+        self.reached = attached.reached
+        self.target_key = attached.greeting.key
+        self._client_end = _relay.End(self, client_transport, _fd(client_transport), False, gateway.buffer)
+        self._target_end = _relay.End(self, target_transport, _fd(target_transport), True, gateway.buffer)
+        client_transport.write(client_login.welcome(attached, gateway.keys.issue(self)))
+        _relay.join(self._client_end, self._target_end)
+        self._target_end.start(target_rest, target_at_eof)
+        self._client_end.start(client_rest, client_at_eof)
+        seconds = attached.granted.mapping.session_seconds
+        if seconds is not None:
+            self._timer = asyncio.get_running_loop().call_later(
+                seconds, self.end, CloseReason.TIME_LIMIT, b"terminating connection: its time limit is reached"
+            )
+        # What belongs to the login alone is not kept for the session's life.
+        self._client = None
+        self._started = None
+
+    def target_finished(self) -> None:
+        """The target has said its last word: an `End` reports it."""
+        assert self._client_end is not None  # noqa: S101 (ends report while they are joined)
+        self._close(CloseReason.CLIENT_CLOSED if self._client_end.at_eof else CloseReason.TARGET_CLOSED)
+
+    def end_lost(self, end: _relay.End, error: Exception | None) -> None:
+        """A connection is gone for good: an `End` reports it."""
+        if end.faces_target:
+            reason = CloseReason.TARGET_LOST if error else CloseReason.TARGET_CLOSED
+        else:
+            reason = CloseReason.CLIENT_LOST if error else CloseReason.CLIENT_CLOSED
+        self._close(reason, str(error or ""))
+        self._ends_lost += 1
+        client_end, target_end = self._client_end, self._target_end
+        if self._ends_lost < 2 or client_end is None or target_end is None or self._reason is None:
+            return
+        self._client_end = self._target_end = None
+        seconds = time.monotonic() - self._began
+        self._gateway.sink(
+            Ended(self.id, self._reason, self._detail, client_end.received, target_end.received, seconds)
+        )
+        self._over()
+
+    def _close(self, reason: CloseReason, detail: str = "") -> None:
+        """Step 9: ends both sides, each once it has what it is owed. Only the first reason counts."""
+        if self._reason is not None:
+            return
+        self._reason = reason
+        self._detail = detail
+        self._cancel_timer()
+        self._gateway.keys.forget(self.cancel_key)
+        holding = False
+        for end in (self._client_end, self._target_end):
+            if end is not None:
+                holding = holding or end.holding
+                end.transport.close()
+        if holding:
+            self._timer = asyncio.get_running_loop().call_later(self._gateway.close_timeout, self._abort)
+
+    def _abort(self) -> None:
+        for end in (self._client_end, self._target_end):
+            if end is not None:
+                end.transport.abort()
+
+    def _refuse(self, accepted: Accepted, fault: Fault) -> None:
+        """Ends a login that failed: the client is told what it may know, the log the rest."""
+        if self._client is not None:
+            self._client.refuse(fault)
+        self._gateway.sink(Refused(accepted, self._started, fault))
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _over(self) -> None:
+        """Gives back everything that was taken."""
+        self._cancel_timer()
+        self._client = None
+        self._cause = None
+        gateway = self._gateway
+        gateway.limits.end_client()
+        gateway.sessions.discard(self)
+        if not gateway.sessions and gateway.idle is not None:
+            gateway.idle()

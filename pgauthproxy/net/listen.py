@@ -1,0 +1,190 @@
+"""Listening: addresses as operators write them, and an accept loop that running out of descriptors cannot spin."""
+
+import asyncio
+import errno
+import os
+import re
+import socket
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+ACCEPTS_AT_ONCE: Final = 64
+PAUSE_SECONDS: Final = 0.5
+OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+UNIX_PREFIX: Final = "unix:"
+
+
+class ListenError(Exception):
+    """An address that cannot be listened on; the text is one line for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """`host` is empty for all interfaces; `folder` is set for a Unix socket, whose name PostgreSQL's clients know."""
+
+    host: str
+    port: str
+    folder: str = ""
+
+    @property
+    def socket_path(self) -> str:
+        return os.path.join(self.folder, f".s.PGSQL.{self.port}")
+
+
+def parse_listen(text: str) -> ListenAddress:
+    """Reads `host:port`, `:port`, `[v6]:port` or `unix:/folder:port`; a port may be a service name. Raises ListenError."""
+    if text.startswith(UNIX_PREFIX):
+        folder, _, port = text.removeprefix(UNIX_PREFIX).rpartition(":")
+        if not folder.startswith("/") or not port.isdigit():
+            raise ListenError(f"listen: {text}: a Unix socket is written unix:/path/to/folder:5432")
+        return ListenAddress("", port, folder)
+    matched = re.fullmatch(r"(?:\[([^\]]*)\]|([^:\[\]]*)):([^:]+)", text)
+    if matched is None:
+        raise ListenError(f"listen: {text}: an address is written host:port, :port or [v6]:port")
+    return ListenAddress(matched[1] or matched[2] or "", matched[3])
+
+
+def open_sockets(address: ListenAddress, backlog: int) -> list[socket.socket]:
+    """Binds and listens; several sockets for a name with several addresses. Raises ListenError."""
+    try:
+        if address.folder:
+            return [_open_unix(address, backlog)]
+        if not address.host:
+            return [_open_all_interfaces(address, backlog)]
+        return _open_named(address, backlog)
+    except (OSError, OverflowError) as error:
+        where = address.socket_path if address.folder else f"{address.host}:{address.port}"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ListenError(f"listen: {where}: {reason}") from error
+
+
+def _open_named(address: ListenAddress, backlog: int) -> list[socket.socket]:
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    opened: list[socket.socket] = []
+    try:
+        for family, where in dict.fromkeys((family, where) for family, _, _, _, where in found):
+            opened.append(_open_tcp(family, where, backlog, v6_only=True))
+    except OSError:
+        for listening in opened:
+            listening.close()
+        raise
+    return opened
+
+
+def _open_all_interfaces(address: ListenAddress, backlog: int) -> socket.socket:
+    """One socket for both address families, or for IPv4 alone where there is no other."""
+    port = int(address.port) if address.port.isdigit() else socket.getservbyname(address.port, "tcp")
+    if socket.has_dualstack_ipv6():
+        return _open_tcp(socket.AF_INET6, ("::", port), backlog, v6_only=False)
+    return _open_tcp(socket.AF_INET, ("0.0.0.0", port), backlog, v6_only=False)  # noqa: S104 (asked for)
+
+
+def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool) -> socket.socket:
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6_only)
+        listening.bind(where)  # type: ignore[arg-type]  # an address as getaddrinfo gives it
+        listening.listen(backlog)
+        listening.setblocking(False)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+def _open_unix(address: ListenAddress, backlog: int) -> socket.socket:
+    """Like PostgreSQL's, the socket may be used by everybody: who gets in is decided at login."""
+    path = address.socket_path
+    _remove_stale(path)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(path)
+        os.chmod(path, 0o777)  # noqa: S103 (as PostgreSQL's unix_socket_permissions)
+        listening.listen(backlog)
+        listening.setblocking(False)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+def _remove_stale(path: str) -> None:
+    """Removes a socket that nobody listens on any more."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+
+
+def describe(listening: socket.socket) -> str:
+    """The address as an operator would write it."""
+    if listening.family == socket.AF_UNIX:
+        return f"unix:{listening.getsockname()}"
+    host, port = listening.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Listener:
+    """Accepts on one socket and hands each connection on. States, in order: accepting or pausing, closed."""
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        accepted: Callable[[socket.socket], None],
+        starved: Callable[[OSError], None],
+    ) -> None:
+        self._listening = listening
+        self._accepted = accepted
+        self._starved = starved
+        self._path = listening.getsockname() if listening.family == socket.AF_UNIX else ""
+        self._loop = asyncio.get_running_loop()
+        self._resume: asyncio.TimerHandle | None = None
+        self._loop.add_reader(listening, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTS_AT_ONCE):
+            try:
+                connection, _ = self._listening.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in OUT_OF_RESOURCES:
+                    self._pause(error)
+                    return
+                # That one client is gone again: its reset came before its turn.
+                continue
+            connection.setblocking(False)
+            self._accepted(connection)
+
+    def _pause(self, error: OSError) -> None:
+        """Leaves clients in the backlog for a while instead of being woken for each at once."""
+        self._loop.remove_reader(self._listening)
+        self._resume = self._loop.call_later(PAUSE_SECONDS, self._go_on)
+        self._starved(error)
+
+    def _go_on(self) -> None:
+        self._resume = None
+        self._loop.add_reader(self._listening, self._accept)
+
+    def close(self) -> None:
+        """Stops accepting. A Unix socket's file is removed."""
+        if self._resume is not None:
+            self._resume.cancel()
+        else:
+            self._loop.remove_reader(self._listening)
+        self._listening.close()
+        if self._path:
+            try:
+                os.unlink(self._path)
+            except FileNotFoundError:
+                return

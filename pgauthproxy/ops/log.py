@@ -1,0 +1,194 @@
+"""The log: one line for each login, end and refusal, on standard error.
+
+A line can neither be forged by what a client sent nor stop the gateway: values are escaped and capped, and when nobody
+reads standard error, lines wait in memory up to a bound and are counted beyond it.
+"""
+
+import asyncio
+import os
+import select
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from pgauthproxy.errors import Fault
+from pgauthproxy.events import (
+    AuthenticatorSaid,
+    Cancelled,
+    Ended,
+    Event,
+    LoggedIn,
+    Noticed,
+    Refused,
+)
+from pgauthproxy.stages import Started
+
+MAX_VALUE: Final = 256
+"""Characters of one value; longer ones are cut."""
+MAX_WAITING: Final = 10_000
+"""Lines that wait for a reader of standard error."""
+RETRY_SECONDS: Final = 0.2
+# POSIX promises that a pipe that polls writable takes this many bytes without blocking.
+PIPE_BYTES: Final = select.PIPE_BUF
+STDERR: Final = 2
+
+
+def printable(value: bytes | str) -> str:
+    """What a client or program sent, with nothing in it that a terminal or a line of the log would act on."""
+    text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+    if not text.isprintable():
+        text = "".join(
+            char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+        )
+    return text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + "…"
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 2)
+
+
+class LineWriter:
+    """Writes lines to a descriptor without ever waiting for its reader."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._waiting: deque[bytes] = deque()
+        self._dropped = 0
+        self._retry: asyncio.TimerHandle | None = None
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def msg(self, line: str) -> None:
+        """Takes one line, without its line feed."""
+        encoded = line.encode(errors="backslashreplace")[: PIPE_BYTES - 1] + b"\n"
+        if len(self._waiting) >= MAX_WAITING:
+            self._dropped += 1
+        else:
+            self._waiting.append(encoded)
+        self.flush()
+
+    debug = info = warning = error = msg
+
+    def flush(self) -> None:
+        """Writes what the reader takes now, and sees to the rest later."""
+        self._retry = None
+        while self._waiting or self._dropped:
+            if not self._poll.poll(0):
+                self._try_later()
+                return
+            if not self._waiting:
+                self._waiting.append(b"%d lines of the log were dropped: nobody read them\n" % self._dropped)
+                self._dropped = 0
+            try:
+                os.write(self._descriptor, self._waiting.popleft())
+            except BlockingIOError:
+                self._try_later()
+                return
+            except OSError:
+                # The reader is gone for good, and with it the one place where this could be said.
+                self._waiting.clear()
+                self._dropped = 0
+
+    def _try_later(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            # Before or after the loop's life: the next line tries again.
+            return
+        self._retry = loop.call_later(RETRY_SECONDS, self.flush)
+
+
+def make_logger(log_format: str, level: str, descriptor: int = STDERR) -> Any:
+    """A structlog logger that writes to a descriptor, as `text` or `json`."""
+    processors: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=log_format == "json"),
+    ]
+    if log_format == "json":
+        encode: Callable[..., str] = lambda fields, **_: msgspec.json.encode(fields).decode()  # noqa: E731 (one use)
+        processors.append(structlog.processors.JSONRenderer(serializer=encode))
+    else:
+        processors.append(
+            structlog.dev.ConsoleRenderer(colors=os.isatty(descriptor), sort_keys=False, pad_event_to=0)
+        )
+    return structlog.wrap_logger(
+        LineWriter(descriptor),
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=True,
+    )
+
+
+class LogSink:
+    """Turns what happened into lines."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case LoggedIn():
+                self._logged_in(event)
+            case Refused():
+                self._refused(event)
+            case Ended():
+                self._logger.info(
+                    "session ended",
+                    session=event.session,
+                    why=event.reason.value,
+                    **({"detail": printable(event.detail)} if event.detail else {}),
+                    bytes_from_client=event.bytes_from_client,
+                    bytes_from_target=event.bytes_from_target,
+                    seconds=round(event.seconds, 3),
+                )
+            case Cancelled():
+                self._logger.info(
+                    "cancel request", client=event.address, session=event.session, outcome=event.outcome
+                )
+            case AuthenticatorSaid():
+                for line in event.lines:
+                    self._logger.warning("authenticator says", session=event.session, text=printable(line))
+                if event.dropped:
+                    self._logger.warning("authenticator says more", session=event.session, dropped_bytes=event.dropped)
+            case Noticed():
+                getattr(self._logger, event.level)(event.what, **dict(event.facts))
+
+    def _logged_in(self, event: LoggedIn) -> None:
+        attached = event.attached
+        granted = attached.granted
+        self._logger.info(
+            "login",
+            **_identity(granted.started),
+            target=str(attached.reached),
+            target_user=printable(granted.mapping.user),
+            target_database=printable(granted.mapping.database),
+            authenticator_ms=_milliseconds(granted.authenticator_seconds),
+            connect_ms=_milliseconds(attached.connect_seconds),
+            login_ms=_milliseconds(attached.login_seconds),
+            total_ms=_milliseconds(event.total_seconds),
+        )
+
+    def _refused(self, event: Refused) -> None:
+        who = (
+            _identity(event.started)
+            if event.started is not None
+            else {"session": event.accepted.session, "client": event.accepted.address}
+        )
+        level = "info" if event.fault.whose == "client" else "warning"
+        getattr(self._logger, level)("refused", **who, **_reason(event.fault))
+
+
+def _identity(started: Started) -> dict[str, str]:
+    return {
+        "session": started.accepted.session,
+        "client": started.accepted.address,
+        "user": printable(started.user),
+        "database": printable(started.database),
+    }
+
+
+def _reason(fault: Fault) -> dict[str, str]:
+    return {"sqlstate": fault.sqlstate, "fault_of": fault.whose, "reason": printable(fault.detail or "")}

@@ -1,0 +1,124 @@
+"""The messages of login and error, encode and decode beside each other (PostgreSQL manual, "Message Formats").
+
+Nothing here reads a message of a running session. Errors of decoding name the field, never its value.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from pgauthproxy import _wire
+from pgauthproxy.errors import FrameError
+from pgauthproxy.stages import Parameters
+
+PROTOCOL_3_0: Final = 3 << 16
+CANCEL_REQUEST: Final = 80877102
+SSL_REQUEST: Final = 80877103
+GSSENC_REQUEST: Final = 80877104
+REQUEST_REFUSED: Final = b"N"
+SQLSTATE: Final = re.compile(rb"[0-9A-Z]{5}")
+
+AUTHENTICATION: Final = ord("R")
+BACKEND_KEY_DATA: Final = ord("K")
+ERROR_RESPONSE: Final = ord("E")
+NEGOTIATE_PROTOCOL_VERSION: Final = ord("v")
+NOTICE_RESPONSE: Final = ord("N")
+PARAMETER_STATUS: Final = ord("S")
+PASSWORD_MESSAGE: Final = ord("p")  # also SASLInitialResponse and SASLResponse
+READY_FOR_QUERY: Final = ord("Z")
+
+AUTH_OK: Final = 0
+AUTH_CLEARTEXT_PASSWORD: Final = 3
+AUTH_MD5_PASSWORD: Final = 5
+AUTH_SASL: Final = 10
+AUTH_SASL_CONTINUE: Final = 11
+AUTH_SASL_FINAL: Final = 12
+AUTH_METHOD_NAMES: Final = {
+    2: "Kerberos V5",
+    3: "cleartext password",
+    5: "MD5 password",
+    6: "SCM credentials",
+    7: "GSSAPI",
+    8: "GSSAPI continuation",
+    9: "SSPI",
+    10: "SASL",
+    11: "SASL continuation",
+    12: "SASL final",
+}
+
+
+def authentication(kind: int, data: bytes = b"") -> bytes:
+    """An Authentication message of one kind (AUTH_…)."""
+    return _wire.message(AUTHENTICATION, kind.to_bytes(4) + data)
+
+
+def parse_authentication(body: bytes) -> tuple[int, bytes]:
+    """Splits the body of an Authentication message into its kind and data. Raises FrameError if it is cut short."""
+    if len(body) < 4:
+        raise FrameError("authentication request without a method")
+    return int.from_bytes(body[:4]), body[4:]
+
+
+def fatal(sqlstate: str, text: bytes) -> bytes:
+    """An ErrorResponse of severity FATAL, as every error of a gateway is."""
+    fields = b"SFATAL\0VFATAL\0C" + sqlstate.encode() + b"\0M" + text.replace(b"\0", b"?") + b"\0\0"
+    return _wire.message(ERROR_RESPONSE, fields)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerError:
+    """What a target's ErrorResponse said; fields that are missing or broken are empty."""
+
+    sqlstate: str
+    text: bytes
+
+    @classmethod
+    def decode(cls, body: bytes) -> "ServerError":
+        """Reads the fields C and M of any body, however broken."""
+        fields = {field[:1]: field[1:] for field in body.split(b"\0") if field}
+        sqlstate = fields.get(b"C", b"")
+        return cls(sqlstate.decode() if SQLSTATE.fullmatch(sqlstate) else "", fields.get(b"M", b""))
+
+
+def negotiate_protocol_version(refused_options: list[bytes]) -> bytes:
+    """The newest version spoken here is 3.0, and none of these `_pq_.` options is known."""
+    body = PROTOCOL_3_0.to_bytes(4) + len(refused_options).to_bytes(4)
+    return _wire.message(NEGOTIATE_PROTOCOL_VERSION, body + b"".join(name + b"\0" for name in refused_options))
+
+
+def startup_message(parameters: Parameters) -> bytes:
+    """A StartupMessage of protocol 3.0."""
+    pairs = b"".join(name + b"\0" + value + b"\0" for name, value in parameters)
+    return _wire.startup_packet(PROTOCOL_3_0, pairs + b"\0")
+
+
+def cancel_request(key: bytes) -> bytes:
+    """A CancelRequest for a key as BackendKeyData gave it: process ID and secret."""
+    return _wire.startup_packet(CANCEL_REQUEST, key)
+
+
+def backend_key_data(key: bytes) -> bytes:
+    """A BackendKeyData: 4 bytes of process ID, then the secret."""
+    return _wire.message(BACKEND_KEY_DATA, key)
+
+
+def password_message(password: bytes) -> bytes:
+    """A PasswordMessage: a password, or the answer to an MD5 request."""
+    return _wire.message(PASSWORD_MESSAGE, password + b"\0")
+
+
+def parse_password_message(body: bytes) -> bytes:
+    """The string of a PasswordMessage. Raises FrameError unless its one NUL is its last byte."""
+    if not body.endswith(b"\0") or body.count(b"\0") != 1:
+        raise FrameError("password message without exactly one NUL, at its end")
+    return body[:-1]
+
+
+def sasl_initial_response(mechanism: bytes, data: bytes) -> bytes:
+    """A SASLInitialResponse with data."""
+    return _wire.message(PASSWORD_MESSAGE, mechanism + b"\0" + len(data).to_bytes(4) + data)
+
+
+def sasl_response(data: bytes) -> bytes:
+    """A SASLResponse."""
+    return _wire.message(PASSWORD_MESSAGE, data)

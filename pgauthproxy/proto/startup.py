@@ -1,0 +1,109 @@
+"""The startup phase, seen from the server (PostgreSQL manual, "Message Flow", Start-up).
+
+The packet has a parser of its own: it has no type byte, it comes first, and all that it says is a claim of a stranger.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from pgauthproxy import _wire
+from pgauthproxy.errors import (
+    FEATURE_NOT_SUPPORTED,
+    INVALID_AUTHORIZATION,
+    PROTOCOL_VIOLATION,
+    ClientFault,
+    FrameError,
+)
+from pgauthproxy.proto import messages
+from pgauthproxy.proto.steps import MORE, Login
+from pgauthproxy.stages import Parameters, parameter
+
+RESERVED_PREFIXES: Final = (b"_SOURCE_", b"_META_")
+PROTOCOL_OPTION_PREFIX: Final = b"_pq_."
+
+
+@dataclass(frozen=True, slots=True)
+class StartupMessage:
+    """What a client wants. Options of the protocol itself (`_pq_.`) are answered here and are no parameters."""
+
+    parameters: Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequest:
+    """The key of the session to cancel: process ID and secret, as sent."""
+
+    key: bytes
+
+
+def receive_startup(framer: _wire.Framer, max_packet: int) -> Login[StartupMessage | CancelRequest]:
+    """Answers the encryption requests (each at most once) until the client says what it wants.
+
+    `max_packet` bounds the length field, in bytes.
+    """
+    requests_left = {messages.SSL_REQUEST, messages.GSSENC_REQUEST}
+    while True:
+        code, body = yield from _next_packet(framer, max_packet)
+        if code in requests_left:
+            requests_left.remove(code)
+            if framer.pending:
+                raise ClientFault(PROTOCOL_VIOLATION, "received unencrypted data after SSL request")
+            yield messages.REQUEST_REFUSED
+        elif code == messages.CANCEL_REQUEST:
+            return CancelRequest(body)
+        elif code >> 16 != 3:
+            raise ClientFault(
+                FEATURE_NOT_SUPPORTED,
+                f"unsupported frontend protocol {code >> 16}.{code & 0xFFFF}: server supports 3.0 to 3.0",
+            )
+        else:
+            sent = parse_parameters(body)
+            refused = [name for name, _ in sent if name.startswith(PROTOCOL_OPTION_PREFIX)]
+            if code != messages.PROTOCOL_3_0 or refused:
+                yield messages.negotiate_protocol_version(refused)
+            return StartupMessage(tuple(pair for pair in sent if pair[0] not in refused))
+
+
+def _next_packet(framer: _wire.Framer, max_packet: int) -> Login[tuple[int, bytes]]:
+    try:
+        while (packet := framer.startup_packet(max_packet)) is None:
+            yield MORE
+    except FrameError as error:
+        # PostgreSQL says nothing to what is no client of its own: HTTP, TLS, a port scan.
+        raise ClientFault(PROTOCOL_VIOLATION, None, str(error)) from error
+    return int.from_bytes(packet[:4]), packet[4:]
+
+
+def parse_parameters(body: bytes) -> Parameters:
+    """The pairs of a startup packet's body.
+
+    Raises ClientFault on a broken layout, on a missing user, and on everything that could forge a line of the
+    authenticator's input: line breaks, `=` in a name, reserved names, names that stand twice.
+    """
+    if body == b"\0":
+        raise ClientFault(INVALID_AUTHORIZATION, "no PostgreSQL user name specified in startup packet")
+    if not body.endswith(b"\0\0"):
+        raise _bad_layout("expected terminator as last byte")
+    # name NUL value NUL … NUL: without its two last bytes, an even number of strings.
+    strings = body[:-2].split(b"\0")
+    if len(strings) % 2:
+        # An empty last value leaves one NUL less to split at.
+        raise _bad_layout("a name without a value")
+    names, values = strings[::2], strings[1::2]
+    for name, value in zip(names, values, strict=True):
+        if not name:
+            raise _bad_layout("expected terminator as last byte")
+        if b"=" in name or b"\n" in name + value or b"\r" in name + value:
+            raise ClientFault(PROTOCOL_VIOLATION, "invalid character in startup parameter")
+        if name.upper().startswith(RESERVED_PREFIXES):
+            raise ClientFault(PROTOCOL_VIOLATION, "reserved name of startup parameter")
+    if len(set(names)) != len(names):
+        raise ClientFault(PROTOCOL_VIOLATION, "startup parameter given twice")
+    parameters = tuple(zip(names, values, strict=True))
+    if not parameter(parameters, b"user"):
+        raise ClientFault(INVALID_AUTHORIZATION, "no PostgreSQL user name specified in startup packet")
+    return parameters
+
+
+def _bad_layout(what: str) -> ClientFault:
+    return ClientFault(PROTOCOL_VIOLATION, f"invalid startup packet layout: {what}")

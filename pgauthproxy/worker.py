@@ -1,0 +1,189 @@
+"""One process that serves: start, serve, drain."""
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import Any, Final
+
+import uvloop
+
+from pgauthproxy import _spawn
+from pgauthproxy.build import build_gateway, tcp_options
+from pgauthproxy.config.schema import Settings
+from pgauthproxy.errors import GatewayFault
+from pgauthproxy.events import CloseReason, Noticed, Refused, Sink
+from pgauthproxy.gateway.session import Gateway, Session, shutting_down
+from pgauthproxy.net import listen
+from pgauthproxy.net.dial import tune
+from pgauthproxy.net.listen import Listener
+from pgauthproxy.proto import messages
+from pgauthproxy.stages import Accepted
+
+DESCRIPTORS_FOR_ITSELF: Final = 64
+DESCRIPTORS_OF_A_SESSION: Final = 2
+DESCRIPTORS_OF_AN_AUTHENTICATOR: Final = 10
+LOCAL_CLIENT: Final = "[local]"
+MAPPED_PREFIX: Final = "::ffff:"
+
+
+def open_listeners(settings: Settings) -> list[socket.socket]:
+    """Binds everything that is to be listened on, or nothing. Raises ListenError."""
+    opened: list[socket.socket] = []
+    try:
+        for text in settings.listen:
+            opened += listen.open_sockets(listen.parse_listen(text), settings.backlog)
+    except listen.ListenError:
+        for listening in opened:
+            listening.close()
+        raise
+    for listening in opened:
+        # What is accepted inherits it.
+        tune(listening, tcp_options(settings))
+    return opened
+
+
+def serve(settings: Settings, listening: list[socket.socket], sink: Sink) -> None:
+    """Runs until a signal ends it."""
+    max_clients = prepare_process(settings, sink)
+    uvloop.run(Worker(settings, sink, max_clients).run(listening))
+
+
+def prepare_process(settings: Settings, sink: Sink) -> int:
+    """Closes what credentials could leak through, raises the limit on descriptors; returns how many clients fit."""
+    _fill_standard_descriptors()
+    _spawn.keep_descriptors_private()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    reserved = DESCRIPTORS_FOR_ITSELF + DESCRIPTORS_OF_AN_AUTHENTICATOR * settings.authenticator.max_parallel
+    fitting = max(1, (hard - reserved) // DESCRIPTORS_OF_A_SESSION)
+    if hard == resource.RLIM_INFINITY or fitting >= settings.max_clients:
+        return settings.max_clients
+    facts = (("max_clients", fitting), ("asked_for", settings.max_clients), ("descriptors", hard))
+    sink(Noticed("warning", "max_clients lowered to what the limit on descriptors allows", facts))
+    return fitting
+
+
+def _fill_standard_descriptors() -> None:
+    """Descriptors 0 to 2 are open from here on, so that no socket ever gets one of these numbers."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+class Worker:
+    """States, in order: starting, serving, draining (first signal), ended."""
+
+    def __init__(self, settings: Settings, sink: Sink, max_clients: int) -> None:
+        self._settings = settings
+        self._sink = sink
+        self._gateway: Gateway = build_gateway(settings, sink, max_clients)
+        self._listeners: list[Listener] = []
+        self._sessions_begun = 0
+        self._signals = 0
+        self._draining = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    async def run(self, listening: list[socket.socket]) -> None:
+        self._start(listening)
+        await self._draining.wait()
+        await self._drain()
+
+    def _start(self, listening: list[socket.socket]) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._report_exception)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        self._listeners = [Listener(each, self._accepted, self._starved) for each in listening]
+        for each in listening:
+            self._sink(Noticed("info", "listening", (("address", listen.describe(each)),)))
+
+    def _accepted(self, connection: socket.socket) -> None:
+        self._sessions_begun += 1
+        try:
+            address = client_address(connection)
+        except OSError:
+            # Gone before its turn.
+            connection.close()
+            return
+        try:
+            session = Session(self._gateway, self._sessions_begun)
+        except GatewayFault as fault:
+            self._turn_away(connection, fault)
+            self._sink(Refused(Accepted(f"{self._sessions_begun:x}", address), None, fault))
+        else:
+            session.begin(connection, address)
+
+    def _turn_away(self, connection: socket.socket, fault: GatewayFault) -> None:
+        """Tells a client why without waiting for anything; what it sent is read, so that closing does not reset it."""
+        with connection:
+            try:
+                connection.recv(self._settings.max_startup_packet)
+            except OSError:
+                # It has sent nothing, or has gone; either way it is told, or cannot be.
+                pass
+            try:
+                connection.send(messages.fatal(fault.sqlstate, fault.told or b""))
+            except OSError:
+                return
+
+    def _starved(self, error: OSError) -> None:
+        self._sink(Noticed("error", "accepting pauses", (("reason", error.strerror),)))
+
+    def _signalled(self, number: signal.Signals) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            facts = (("signal", number.name), ("sessions", len(self._gateway.sessions)))
+            self._sink(Noticed("info", "shutting down", facts))
+            self._draining.set()
+        else:
+            self._sink(Noticed("warning", "ending at once", (("signal", number.name),)))
+            self._ended.set()
+
+    async def _drain(self) -> None:
+        """Lets sessions go on until they end, the time is up, or a second signal comes."""
+        for listener in self._listeners:
+            listener.close()
+        for session in list(self._gateway.sessions):
+            session.refuse_login(shutting_down())
+        self._gateway.idle = self._ended.set
+        if self._gateway.sessions:
+            await self._wait_for_end(self._settings.drain_timeout)
+        if self._gateway.sessions:
+            self._ended.clear()
+            for session in list(self._gateway.sessions):
+                session.end(CloseReason.SHUTDOWN, b"terminating connection due to administrator command")
+            await self._wait_for_end(min(1.0, self._settings.close_timeout))
+        self._gateway.authenticator.close()
+        self._sink(Noticed("info", "ended"))
+
+    async def _wait_for_end(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
+        except TimeoutError:
+            return
+
+    def _report_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A bug of ours: where it happened, never with what values."""
+        error = context.get("exception")
+        facts: list[tuple[str, object]] = [("what", str(context.get("message")))]
+        if isinstance(error, BaseException):
+            trace = error.__traceback__
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+            facts += [("error", type(error).__name__), ("where", where.removeprefix(sys.prefix))]
+        self._sink(Noticed("error", "internal error", tuple(facts)))
+
+
+def client_address(connection: socket.socket) -> str:
+    """`ip:port`, `[v6]:port`, or `[local]` on a Unix socket. Raises OSError if the client is gone."""
+    if connection.family == socket.AF_UNIX:
+        return LOCAL_CLIENT
+    host, port = connection.getpeername()[:2]
+    host = host.removeprefix(MAPPED_PREFIX)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
