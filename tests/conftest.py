@@ -1,0 +1,178 @@
+"""The real things that tests run against: a PostgreSQL, the gateway as a process, an authenticator as a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pgauthproxy.throwaway import ThrowawayPostgres
+
+WAIT_SECONDS = 20
+
+HBA = """
+local   all          all                       trust
+host    all          trusted   127.0.0.1/32    trust
+host    all          postgres  127.0.0.1/32    trust
+host    replication  postgres  127.0.0.1/32    trust
+host    all          hashed    127.0.0.1/32    md5
+host    all          clear     127.0.0.1/32    password
+host    all          all       127.0.0.1/32    scram-sha-256
+"""
+
+ROLES = """
+SET password_encryption = 'md5';
+CREATE ROLE hashed LOGIN PASSWORD 'hashed secret';
+SET password_encryption = 'scram-sha-256';
+CREATE ROLE trusted LOGIN;
+CREATE ROLE clear LOGIN PASSWORD 'clear secret';
+CREATE ROLE scrammed LOGIN PASSWORD 'scram secret';
+CREATE ROLE umlaut LOGIN PASSWORD 'ⅸ¨Á\u00a0x';
+CREATE DATABASE other;
+GRANT ALL ON SCHEMA public TO public;
+"""
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[ThrowawayPostgres]:
+    """PostgreSQL 18 with one role for each way to log in (see HBA and ROLES)."""
+    settings = {"wal_level": "logical", "max_connections": "300", "max_prepared_transactions": "10"}
+    with ThrowawayPostgres(settings=settings, hba=HBA) as server:
+        server.sql(ROLES)
+        yield server
+
+
+class Gateway:
+    """`pgauthproxy` as a process. `log_lines` are its log's JSON objects."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self.log = log
+        self.port = 0
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def log_lines(self, event: str = "") -> list[dict[str, Any]]:
+        whole = self.log.read_text().rpartition("\n")[0]
+        lines = [json.loads(line) for line in whole.split("\n") if line.startswith("{")]
+        return [line for line in lines if not event or line["event"] == event]
+
+    def wait_for(self, event: str, count: int = 1, **fields: Any) -> dict[str, Any]:
+        """The count-th log line of this event with these fields, once it is there."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
+            found = [line for line in self.log_lines(event) if fields.items() <= line.items()]
+            if len(found) >= count:
+                return found[count - 1]
+            if self.process.poll() is not None and not self.log_lines(event):
+                break
+            time.sleep(0.01)
+        raise AssertionError(f"no {count}. {event!r} with {fields} in the log:\n{self.log.read_text()}")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Sends a signal, waits, gives the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(WAIT_SECONDS)
+
+    @property
+    def descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
+    @property
+    def resident_bytes(self) -> int:
+        fields = Path(f"/proc/{self.pid}/statm").read_text().split()
+        return int(fields[1]) * 4096
+
+
+StartGateway = Callable[..., Gateway]
+
+
+@pytest.fixture
+def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
+    """Starts gateways; each listens on a free port of 127.0.0.1 unless `listen` is given.
+
+    `cmd` is the authenticator; other keyword arguments are settings, nested ones as dictionaries.
+    At the end each must go away with status 0, and must not have logged an internal error.
+    """
+    started: list[Gateway] = []
+
+    def start(cmd: Any, *, before: list[str] | None = None, environment: dict[str, str] | None = None, **settings: Any) -> Gateway:
+        number = len(started)
+        authenticator = {"cmd": cmd if isinstance(cmd, list) else [str(cmd)], **settings.pop("authenticator", {})}
+        content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": authenticator, **settings}
+        config = tmp_path / f"gateway{number}.yaml"
+        config.write_text(yaml.safe_dump(content))
+        log = tmp_path / f"gateway{number}.log"
+        command = [sys.executable, "-m", "pgauthproxy", "--config", str(config), "--log-format", "json"]
+        with log.open("wb") as output:
+            process = subprocess.Popen([*(before or []), *command], stderr=output, stdin=subprocess.DEVNULL, env=environment, cwd=tmp_path)
+        gateway = Gateway(process, log)
+        started.append(gateway)
+        address = gateway.wait_for("listening")["address"]
+        gateway.port = int(address.rpartition(":")[2]) if not address.startswith("unix:") else 0
+        return gateway
+
+    yield start
+    for gateway in started:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = gateway.stop()
+        if gateway.process.poll() is None:
+            gateway.process.kill()
+            gateway.process.wait()
+            raise AssertionError(f"the gateway did not end:\n{gateway.log.read_text()}")
+        log = gateway.log.read_text()
+        assert status == 0, log
+        assert "internal error" not in log, log
+        assert "Traceback" not in log, log
+
+
+WriteAuthenticator = Callable[..., Path]
+
+
+@pytest.fixture
+def authenticator(tmp_path: Path) -> WriteAuthenticator:
+    """Writes an authenticator: a shell script with this body. `$user` and `$database` are what the client sent."""
+
+    def write(body: str, name: str = "authenticator") -> Path:
+        script = tmp_path / name
+        script.write_text(
+            "#!/bin/sh\n"
+            "input=$(cat)\n"
+            'field() { printf "%s\\n" "$input" | sed -n "s/^$1=//p"; }\n'
+            "user=$(field user) database=$(field database)\n"
+            f"{body}\n"
+        )
+        script.chmod(0o755)
+        return script
+
+    return write
+
+
+@pytest.fixture
+def mapped(authenticator: WriteAuthenticator, postgres: ThrowawayPostgres) -> Path:
+    """An authenticator that lets everybody but mallory in, as the superuser, to the database that they asked for."""
+    return authenticator(
+        f'echo "_META_TARGET_HOST=127.0.0.1:{postgres.port}"\n'
+        'echo "user=postgres"\n'
+        'echo "database=${database:-postgres}"\n'
+        'printf "%s\\n" "$input" | grep -E "^(application_name|client_encoding|options|replication)="\n'
+        '[ "$user" != mallory ]'
+    )
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, mapped: Path) -> Gateway:
+    """A gateway before `postgres`, with the authenticator `mapped`."""
+    return start_gateway(mapped)

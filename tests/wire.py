@@ -1,0 +1,175 @@
+"""Peers that speak the protocol byte by byte, as tests want it: a client, and a target that follows a script."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+SECONDS = 20
+SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+GSSENC_REQUEST = struct.pack("!ii", 8, 80877104)
+
+
+def startup(version: int = 196608, **parameters: str) -> bytes:
+    """A startup packet; `user` is alice unless given."""
+    pairs = {"user": "alice", "database": "postgres"} | parameters
+    body = b"".join(name.encode() + b"\0" + value.encode() + b"\0" for name, value in pairs.items()) + b"\0"
+    return raw_startup(body, version)
+
+
+def raw_startup(body: bytes, version: int = 196608) -> bytes:
+    return struct.pack("!ii", len(body) + 8, version) + body
+
+
+def message(kind: bytes, body: bytes = b"") -> bytes:
+    return kind + struct.pack("!i", len(body) + 4) + body
+
+
+def password(text: str = "md5" + "0" * 32) -> bytes:
+    return message(b"p", text.encode() + b"\0")
+
+
+def query(sql: str) -> bytes:
+    return message(b"Q", sql.encode() + b"\0")
+
+
+def error_fields(body: bytes) -> dict[str, str]:
+    return {field[:1].decode(): field[1:].decode(errors="replace") for field in body.split(b"\0") if field}
+
+
+class RawClient:
+    """A socket that reads whole messages. Every wait is bounded."""
+
+    def __init__(self, port: int, family: int = socket.AF_INET) -> None:
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        self.socket.settimeout(SECONDS)
+        self.socket.connect(("127.0.0.1" if family == socket.AF_INET else "::1", port))
+
+    def __enter__(self) -> RawClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def read(self, count: int) -> bytes:
+        """Exactly this many bytes. Raises EOFError."""
+        data = b""
+        while len(data) < count:
+            chunk = self.socket.recv(count - len(data))
+            if not chunk:
+                raise EOFError(data)
+            data += chunk
+        return data
+
+    def read_message(self) -> tuple[bytes, bytes]:
+        header = self.read(5)
+        return header[:1], self.read(struct.unpack("!i", header[1:])[0] - 4)
+
+    def read_until(self, kind: bytes) -> list[tuple[bytes, bytes]]:
+        """All messages up to and with the first of this kind."""
+        seen = [self.read_message()]
+        while seen[-1][0] != kind:
+            seen.append(self.read_message())
+        return seen
+
+    def read_error(self) -> dict[str, str]:
+        """The fields of the error that must come next, after which the connection must close."""
+        kind, body = self.read_message()
+        assert kind == b"E", (kind, body)
+        assert self.read_to_end() == b""
+        return error_fields(body)
+
+    def read_to_end(self) -> bytes:
+        """All that comes until the connection closes, by a reset or in order."""
+        data = b""
+        try:
+            while chunk := self.socket.recv(65536):
+                data += chunk
+        except ConnectionResetError:
+            return data
+        return data
+
+    def log_in(self, **parameters: str) -> list[tuple[bytes, bytes]]:
+        """Startup and an MD5 answer (of no password in particular); all messages up to ReadyForQuery."""
+        self.send(startup(**parameters))
+        kind, body = self.read_message()
+        assert (kind, body[:4]) == (b"R", b"\0\0\0\x05"), (kind, body)
+        self.send(password())
+        return self.read_until(b"Z")
+
+
+class ScriptedTarget:
+    """A target that does what `script(connection)` does, for each connection, in a thread of its own."""
+
+    def __init__(self, script: Callable[[socket.socket], None]) -> None:
+        self._script = script
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listening.getsockname()[1]
+        self.failures: list[BaseException] = []
+        self._open: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+
+    def __enter__(self) -> ScriptedTarget:
+        self._threads[0].start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        for connection in self._open:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+        for thread in self._threads:
+            thread.join(SECONDS)
+        if kind is None and self.failures:
+            raise self.failures[0]
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            connection.settimeout(SECONDS)
+            self._open.append(connection)
+            thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                self._script(connection)
+            except (ConnectionError, BrokenPipeError):
+                return
+            except BaseException as failure:  # told to the test when the block ends
+                self.failures.append(failure)
+
+
+def read_startup(connection: socket.socket) -> bytes:
+    """The body of the startup packet that a target is sent."""
+    length = struct.unpack("!i", connection.recv(4, socket.MSG_WAITALL))[0]
+    return connection.recv(length - 4, socket.MSG_WAITALL)
+
+
+AUTH_OK = message(b"R", struct.pack("!i", 0))
+READY = message(b"Z", b"I")
+KEY = message(b"K", struct.pack("!ii", 4711, 815))
+
+
+def greet(connection: socket.socket) -> None:
+    """Lets anybody in, as a target with method trust does."""
+    read_startup(connection)
+    connection.sendall(AUTH_OK + message(b"S", b"server_version\x0018.0\0") + KEY + READY)
