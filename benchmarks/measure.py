@@ -1,8 +1,8 @@
 """The measurements: each takes a running peer and yields its readings.
 
-Strategy: the load comes from programs that cost the same whatever stands between (pgbench, psql, login_load), and the
-proxy's own cost is read from its process, before and after. A measurement warms the peer up with logins where the
-first ones cost more than the later, and waits for a quiet PostgreSQL before it looks.
+Strategy: the load comes from programs that cost the same whatever stands between (pgbench, psql, login_load),
+and the proxy's own cost is read from its process, before and after. A measurement warms the peer up with
+logins where the first ones cost more than the later, and waits for a quiet PostgreSQL before it looks.
 """
 
 import array
@@ -79,15 +79,12 @@ class Measurement:
 
 def prepare(bench: Bench) -> None:
     """Makes the tables and the file that the measurements use."""
-    bench.client(
-        "pgbench", bench.postgres_port, "-i", "-q", "-s", str(PGBENCH_SCALE), timeout=300, discard_output=True
-    )
+    bench.client("pgbench", bench.postgres_port, "-i", "-q", "-s", str(PGBENCH_SCALE), timeout=300, discard_output=True)
     bench.query("create unlogged table copy_out (id int, filling text)")
     # Rows of a kilobyte, stored as they are: the server's own cost for each row is not what is measured.
     bench.query("alter table copy_out alter filling set storage plain")
     bench.query(
-        "insert into copy_out select n, repeat(md5(n::text), 32)"
-        f" from generate_series(1, {COPY_ROWS}) as n",
+        f"insert into copy_out select n, repeat(md5(n::text), 32) from generate_series(1, {COPY_ROWS}) as n",
         timeout=300,
     )
     bench.query("create unlogged table copy_in (like copy_out including storage)")
@@ -99,7 +96,7 @@ def copy_file(bench: Bench) -> Path:
     return bench.folder / "rows.copy"
 
 
-# --- Transactions ---------------------------------------------------------------------------------------------
+# --- Transactions -------------------------------------------------------------------------------------------
 
 
 def transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
@@ -129,7 +126,7 @@ def _cpu_of(peer: Peer) -> float:
     return 0.0 if peer.process is None else cpu_seconds(peer.process.pid)
 
 
-# --- COPY -----------------------------------------------------------------------------------------------------
+# --- COPY ---------------------------------------------------------------------------------------------------
 
 
 def copy_out(bench: Bench, peer: Peer) -> Iterator[Reading]:
@@ -137,9 +134,7 @@ def copy_out(bench: Bench, peer: Peer) -> Iterator[Reading]:
 
 
 def copy_in(bench: Bench, peer: Peer) -> Iterator[Reading]:
-    return _copy(
-        bench, peer, "copy_in", ["-c", "truncate copy_in", "-c", f"\\copy copy_in from '{copy_file(bench)}'"]
-    )
+    return _copy(bench, peer, "copy_in", ["-c", "truncate copy_in", "-c", f"\\copy copy_in from '{copy_file(bench)}'"])
 
 
 def _copy(bench: Bench, peer: Peer, figure: str, round_: list[str]) -> Iterator[Reading]:
@@ -152,7 +147,7 @@ def _copy(bench: Bench, peer: Peer, figure: str, round_: list[str]) -> Iterator[
         yield Reading(f"{figure}_cpu", used / copied * 1e9)
 
 
-# --- Logins ---------------------------------------------------------------------------------------------------
+# --- Logins -------------------------------------------------------------------------------------------------
 
 
 def logins(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
@@ -188,7 +183,7 @@ def log_in(
     except subprocess.TimeoutExpired as error:
         raise MeasurementFailed("login_load did not end") from error
     except subprocess.CalledProcessError as error:
-        raise MeasurementFailed(f"{error.stderr.strip()} (done and seconds: {error.stdout.strip()})") from error
+        raise MeasurementFailed(f"{error.stderr.strip()} after {error.stdout.strip()} (done, seconds)") from error
     done, took = output.split()
     if int(done) == 0:
         raise MeasurementFailed("no login was done")
@@ -199,7 +194,7 @@ def _login_load(bench: Bench, peer: Peer, mode: str) -> list[str]:
     return [bench.login_load, mode, str(peer.port), USER, DATABASE, PASSWORD, "1" if peer.needs_touch else "0"]
 
 
-# --- Idle sessions --------------------------------------------------------------------------------------------
+# --- Idle sessions ------------------------------------------------------------------------------------------
 
 
 def idle(bench: Bench, peer: Peer) -> Iterator[Reading]:
@@ -219,7 +214,7 @@ def idle(bench: Bench, peer: Peer) -> Iterator[Reading]:
 
 @contextlib.contextmanager
 def held_sessions(bench: Bench, peer: Peer) -> Iterator[Callable[[int], None]]:
-    """A process that holds sessions open as long as the block lasts; call what is yielded for more of them."""
+    """A process that holds sessions as long as the block lasts; call what is yielded for more of them."""
     process = subprocess.Popen(
         _login_load(bench, peer, "hold"),
         stdin=subprocess.PIPE,
@@ -259,7 +254,7 @@ def _piped(stream: IO[str] | None) -> IO[str]:
     return stream
 
 
-# --- One large row --------------------------------------------------------------------------------------------
+# --- One large row ------------------------------------------------------------------------------------------
 
 
 def large_row(bench: Bench, peer: Peer) -> Iterator[Reading]:
@@ -267,19 +262,17 @@ def large_row(bench: Bench, peer: Peer) -> Iterator[Reading]:
     warm_up(bench, peer)
     forget_peak(peer.pid)
     before = peak_bytes(peer.pid)
-    bench.client(
-        "psql", peer.port, "-XAtqc", f"select repeat('x', {ROW_BYTES})", timeout=120, discard_output=True
-    )
+    bench.client("psql", peer.port, "-XAtqc", f"select repeat('x', {ROW_BYTES})", timeout=120, discard_output=True)
     yield Reading("row_memory", (peak_bytes(peer.pid) - before) / 1e6)
 
 
-# --- Stalls of the event loop ---------------------------------------------------------------------------------
+# --- Stalls of the event loop -------------------------------------------------------------------------------
 
 
 def stall(bench: Bench, peer: Peer) -> Iterator[Reading]:
     """How late a timer in a big gateway's loop fires while clients log in, and while nobody does.
 
-    The second is what this machine does to any process; a stall is the gateway's own only where it exceeds that.
+    The second is what this machine does to any process; only what exceeds that is the gateway's own.
     """
     assert peer.process is not None, "the recipe starts a gateway"
     warm_up(bench, peer)

@@ -1,7 +1,8 @@
-"""The servers that are compared, and how each is started: PostgreSQL itself, HAProxy, PgBouncer and gateways.
+"""The servers that are compared, and how each is started: PostgreSQL, HAProxy, PgBouncer and gateways.
 
-A recipe starts a peer afresh each time it is entered, so that no measurement sees what an earlier one left in a
-peer's memory. All listen on the loopback address, on ports found free, with nothing in the way of PostgreSQL.
+A recipe starts a peer afresh each time it is entered, so that no measurement sees what an earlier one left in
+a peer's memory. All listen on the loopback address, on ports found free, with nothing in the way of
+PostgreSQL.
 """
 
 import contextlib
@@ -83,7 +84,7 @@ class Bench:
         return self.client("psql", self.postgres_port, "-XAtqc", sql, timeout=timeout).strip()
 
     def wait_for_quiet(self) -> None:
-        """Waits until PostgreSQL has no session but the one that asks: ended ones still cost CPU for a while."""
+        """Waits until PostgreSQL has no session but the one that asks: those that end still cost CPU."""
         others = (
             "select count(*) from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()"
         )
@@ -215,9 +216,7 @@ def haproxy(bench: Bench) -> Iterator[Peer]:
     port = free_port()
     configuration = bench.folder / "haproxy.cfg"
     configuration.write_text(
-        HAPROXY_CONFIGURATION.format(
-            most=MAX_SESSIONS, host=LOOPBACK, port=port, target_port=bench.postgres_port
-        )
+        HAPROXY_CONFIGURATION.format(most=MAX_SESSIONS, host=LOOPBACK, port=port, target_port=bench.postgres_port)
     )
     command = [_program("haproxy"), "-db", "-f", str(configuration)]
     with running(command, log_of(bench, "haproxy")) as process:
@@ -225,8 +224,9 @@ def haproxy(bench: Bench) -> Iterator[Peer]:
         yield Peer("haproxy", port, process)
 
 
-# server_lifetime=0 uses each server connection once: a login of a client is then a login at PostgreSQL, as with the
-# other peers. Without a reset query, which such a connection does not need, no query is sent behind the session.
+# server_lifetime=0 uses each server connection once: a login of a client is then a login at PostgreSQL, as
+# with the other peers. Without a reset query, which such a connection does not need, no query is sent behind
+# the session.
 PGBOUNCER_CONFIGURATION = """\
 [databases]
 * = host={host} port={target_port} user={user}
@@ -274,13 +274,9 @@ def gateway(bench: Bench, *, name: str, command: Sequence[str]) -> Iterator[Peer
     port = free_port()
     configuration = bench.folder / f"{name}.yaml"
     configuration.write_text(
-        GATEWAY_CONFIGURATION.format(
-            host=LOOPBACK, port=port, authenticator=bench.authenticator, most=MAX_SESSIONS
-        )
+        GATEWAY_CONFIGURATION.format(host=LOOPBACK, port=port, authenticator=bench.authenticator, most=MAX_SESSIONS)
     )
-    with running(
-        [*command, "--config", str(configuration)], log_of(bench, name), env=package_environment()
-    ) as process:
+    with running([*command, "--config", str(configuration)], log_of(bench, name), env=package_environment()) as process:
         wait_for_port(port, process, name)
         yield Peer(name, port, process)
 
@@ -307,6 +303,7 @@ def latenesses_file(bench: Bench) -> Path:
 @contextlib.contextmanager
 def stalled_gateway(bench: Bench) -> Iterator[Peer]:
     """Our gateway, made big, with a clock in its event loop: it writes `latenesses_file` when it ends."""
+    latenesses_file(bench).unlink(missing_ok=True)  # an earlier repeat's must not pass for this one's
     runner = (*PYTHON, str(HERE / "stalled_gateway.py"), "--latenesses", str(latenesses_file(bench)))
     with gateway(bench, name="gateway", command=runner) as peer:
         yield peer
@@ -329,7 +326,7 @@ def find_program(name: str) -> str | None:
 
 
 def recipes(also: Sequence[tuple[str, str]]) -> dict[str, Recipe]:
-    """Every peer that can be started on this machine, by its name in the table, in the order of its columns."""
+    """Every peer that can be started on this machine, by its name, in the order of the table's columns."""
     known: dict[str, Recipe] = {"direct": direct}
     known |= {
         name: recipe

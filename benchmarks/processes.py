@@ -1,7 +1,7 @@
 """Starting, ending and reading processes.
 
-Whatever is started here has a log or captured output, a time limit and an owner that ends it; nothing is ever ended
-by name, or without having been started here. Reading /proc makes this Linux only.
+Whatever is started here has a log or captured output, a time limit and an owner that ends it; nothing is ever
+ended by name, or without having been started here. Reading /proc makes this Linux only.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.02
 LOG_TAIL_LINES = 15
 
-# Linux hands out ephemeral ports from 32,768 up: below, no outgoing connection takes the port that was just found free.
+# Linux hands out ephemeral ports from 32,768 up: below, no outgoing connection takes the port that was just
+# found free.
 PORTS = range(15_000, 32_000)
 
 END_ORDERLY = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
@@ -98,7 +99,9 @@ def running(
         end(child, end_with)
 
 
-def end(child: subprocess.Popen[bytes], signals: Sequence[signal.Signals] = END_ORDERLY) -> None:
+def end(
+    child: subprocess.Popen[bytes] | subprocess.Popen[str], signals: Sequence[signal.Signals] = END_ORDERLY
+) -> None:
     """Ends the child, with the next signal each time it does not heed the last."""
     for sent in signals:
         if child.poll() is not None:
@@ -165,8 +168,8 @@ def log_tail(log: Path) -> str:
 def cpu_seconds(pid: int) -> float:
     """CPU time of the process, all its threads included, those of its children not.
 
-    That is utime + stime of /proc/PID/stat, read from the process's CPU clock instead, which does not round to
-    hundredths of a second. The clock's number is Linux's MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED).
+    That is utime + stime of /proc/PID/stat, read from the process's CPU clock instead, which does not round
+    to hundredths of a second. The clock's number is Linux's MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED).
     """
     try:
         return time.clock_gettime(~pid << 3 | 2)

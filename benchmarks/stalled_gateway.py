@@ -1,11 +1,12 @@
-"""Runs our gateway with a clock in its event loop and memory on its back, to see how long the loop ever stalls.
+"""Runs our gateway with a clock in its event loop and memory on its back, to see how long the loop stalls.
 
     python stalled_gateway.py --latenesses FILE [--megabytes 300] [the gateway's own arguments]
 
-Strategy: the clock is a timerfd that the loop watches. Timers of the loop itself fire on whole milliseconds, which is
-as much as the longest stall that is allowed. A timerfd counts the ticks that nobody fetched, so a stall of 10 ms is 40
-late ticks and not one: the percentile is one of time, not of chances to look. The kernel's monotonic clock is the
-same in every process, so compare.py can tell which ticks fell into its logins.
+Strategy: the clock is a timerfd that the loop watches. Timers of the loop itself fire on whole milliseconds,
+which is as much as the longest stall that is allowed. A timerfd counts the ticks that nobody fetched, so a
+stall of 10 ms is 40 late ticks and not one: the percentile is one of time, not of chances to look. The
+kernel's monotonic clock is the same in every process, so compare.py can tell which ticks fell into its
+logins.
 
 When the gateway ends, FILE gets two doubles for each tick: when it was due, and how late it was, in seconds.
 """
@@ -59,7 +60,7 @@ class LoopClock:
 
 
 def _start_timer(first_due: int) -> int:
-    """A timerfd that expires at `first_due` and from then on each tick. (os.timerfd_create is new in Python 3.13.)"""
+    """A timerfd that expires at `first_due` and then each tick. (os.timerfd_create is new in Python 3.13.)"""
     libc = ctypes.CDLL(None, use_errno=True)
     fd: int = libc.timerfd_create(CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
     times = _Itimerspec(_Timespec(0, TICK_NANOSECONDS), _Timespec(*divmod(first_due, 1_000_000_000)))
@@ -71,7 +72,8 @@ def _start_timer(first_due: int) -> int:
 def burden(megabytes: int) -> mmap.mmap:
     """Memory of our own, each page of it in use.
 
-    Private, and in small pages as a heap that grew slowly has them: copying their table is what makes a fork slow.
+    Private, and in small pages as a heap that grew slowly has them: copying their table is what makes a fork
+    slow.
     """
     memory = mmap.mmap(-1, megabytes * 1_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -92,7 +94,7 @@ def put_into_first_loop(clock: LoopClock) -> None:
             installed = True
         run_forever(loop)
 
-    uvloop.Loop.run_forever = run_with_clock  # type: ignore[method-assign]  # replacing it is the purpose
+    uvloop.Loop.run_forever = run_with_clock  # type: ignore[assignment]  # replacing it is the purpose
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def md5_password(bytes password not None, bytes user not None):
 
 
 def md5_answer(bytes stored not None, bytes salt not None):
-    """The answer to a request with `salt` (4 bytes), from what `md5_password` gives. Raises ValueError on other sizes."""
+    """The answer to a request with `salt` (4 bytes), from what `md5_password` gives; ValueError on other sizes."""
     if PyBytes_GET_SIZE(stored) != STORED_BYTES or PyBytes_GET_SIZE(salt) != SALT_BYTES:
         raise ValueError("an MD5 answer needs 35 bytes of stored hash and 4 bytes of salt")
     return md5_of_two(

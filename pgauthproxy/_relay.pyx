@@ -52,8 +52,8 @@ cdef class End:
     """One side of a session: reads its own transport, writes the other's.
 
     A protocol in asyncio's sense (BufferedProtocol). States, in order: made, joined (`join`), started (`start`), at
-    end of file (its peer told, once all is written), lost. Reports to `session`: `end_lost(end, error)` once for each end,
-    and `target_finished()` when the target has nothing more to say.
+    end of file (its peer told, once all is written), lost. Reports to `session`: `end_lost(end, error)` once for each
+    end, and `target_finished()` when the target has nothing more to say.
     """
 
     cdef readonly object transport
@@ -132,7 +132,7 @@ cdef class End:
         peer.transport.write(at[sent:count])
 
     def eof_received(self):
-        """The client's half-close goes on to the target, whose answer may still be on its way; the target's ends all."""
+        """The client's half-close goes on to the target, which may still owe an answer; the target's ends all."""
         self._at_eof = True
         if self.faces_target:
             self._session.target_finished()

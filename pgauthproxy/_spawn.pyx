@@ -14,7 +14,7 @@ Linux learns of the exit from a pidfd; elsewhere it is asked for every few milli
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.errno cimport EAGAIN, EINTR, EPIPE, errno
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdlib cimport free, malloc
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.types cimport pid_t
@@ -266,7 +266,8 @@ cdef class Command:
     ):
         """Runs the command with `data` on its standard input, blocks until it is gone, gives an Outcome.
 
-        Output beyond `max_output` bytes ends it; errors beyond `max_errors` bytes are dropped. Raises OSError if it could not be started.
+        Output beyond `max_output` bytes ends it; errors beyond `max_errors` bytes are dropped. Raises OSError if
+        it could not be started.
         """
         cdef Sink out
         cdef Sink err
@@ -378,7 +379,7 @@ cdef int attend(
 
 
 cdef void end_group(pid_t pid, int pid_fd, double grace) noexcept nogil:
-    """TERM, and KILL when the leader is gone or the grace is over. The leader is not reaped: the group is still its own."""
+    """TERM, and KILL when the leader is gone or the grace is over. It is not reaped yet: the group is still its own."""
     cdef pollfd polled
     cdef double deadline = now() + grace
     cdef double left = grace

@@ -36,7 +36,9 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
             click.option("--config", type=click.Path(path_type=Path), help="YAML file with the settings."),
-            click.option("--listen", metavar="ADDR", help="Where clients connect, [host]:port for example; several with commas."),
+            click.option(
+                "--listen", metavar="ADDR", help="Where clients connect, [host]:port for example; several with commas."
+            ),
             click.option(
                 "--clear-passwd", type=_Bool(), metavar="[=BOOL]", help="Ask clients for the password as it is."
             ),
@@ -122,7 +124,7 @@ def check(context: click.Context, /, **flags: Any) -> None:
     Exit status 0 if the gateway could start with them, 2 if not.
     """
     loaded = _load({name: value if value is not None else context.obj[name] for name, value in flags.items()})
-    for key in schema.keys():
+    for key in schema.all_keys():
         value: Any = loaded.settings
         for name in key.path.split("."):
             value = getattr(value, name)

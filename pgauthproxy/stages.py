@@ -92,7 +92,8 @@ class Granted:
 class Greeting:
     """What a target sent between AuthenticationOk and its first ReadyForQuery, that included.
 
-    `before_key` and `after_key` are the messages around BackendKeyData, unchanged; `key` is its body, empty if none came.
+    `before_key` and `after_key` are the messages around BackendKeyData, unchanged; `key` is its body, empty if
+    none came.
     """
 
     before_key: bytes

@@ -119,12 +119,12 @@ class ThrowawayPostgres:
     def start(self) -> None:
         """Starts the server and returns once it accepts connections. Raises ThrowawayError."""
         settings = [word for name, value in self._settings.items() for word in ("-c", f"{name}={value}")]
-        command = [self.binaries / "postgres", "-D", "data", "-p", str(self.port), "-k", str(self.folder)]
+        command = [str(self.binaries / "postgres"), "-D", "data", "-p", str(self.port), "-k", str(self.folder)]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 (PostgreSQL, with arguments of ours)
                 [*command, "-h", "127.0.0.1", *settings], cwd=self.folder, user=self._user, stdout=log, stderr=log
             )
-        ready = [self.binaries / "pg_isready", "-q", "-t", str(START_SECONDS), "-h", str(self.folder)]
+        ready = [str(self.binaries / "pg_isready"), "-q", "-t", str(START_SECONDS), "-h", str(self.folder)]
         while subprocess.run([*ready, "-p", str(self.port)], check=False).returncode:  # noqa: S603 (as above)
             try:
                 self._process.wait(0.05)

@@ -1,6 +1,7 @@
 """One process that serves: start, serve, drain."""
 
 import asyncio
+import contextlib
 import os
 import resource
 import signal
@@ -120,15 +121,11 @@ class Worker:
     def _turn_away(self, connection: socket.socket, fault: GatewayFault) -> None:
         """Tells a client why without waiting for anything; what it sent is read, so that closing does not reset it."""
         with connection:
-            try:
+            # It may have sent nothing yet, or have gone.
+            with contextlib.suppress(OSError):
                 connection.recv(self._settings.max_startup_packet)
-            except OSError:
-                # It has sent nothing, or has gone; either way it is told, or cannot be.
-                pass
-            try:
+            with contextlib.suppress(OSError):
                 connection.send(messages.fatal(fault.sqlstate, fault.told or b""))
-            except OSError:
-                return
 
     def _starved(self, error: OSError) -> None:
         self._sink(Noticed("error", "accepting pauses", (("reason", error.strerror),)))

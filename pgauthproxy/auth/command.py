@@ -8,7 +8,8 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping as Environment, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Mapping as Environment
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 

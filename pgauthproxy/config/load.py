@@ -50,7 +50,7 @@ def find_file() -> Path | None:
 
 def load(config: Path | None, flags: Mapping[str, object], environment: Mapping[str, str]) -> Loaded:
     """Reads everything. `flags` holds values by dotted path. Raises ConfigError."""
-    known = {key.path: key for key in schema.keys()}
+    known = {key.path: key for key in schema.all_keys()}
     faults: list[str] = []
     warnings: list[str] = []
     given: dict[str, tuple[object, str]] = {}

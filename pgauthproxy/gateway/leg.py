@@ -104,7 +104,7 @@ class Leg(asyncio.Protocol):
         raise NotImplementedError
 
     def hand_over(self) -> tuple[asyncio.Transport, bytes, bool]:
-        """Ends the leg: the transport, its reading paused, what it received and nobody read, and whether it is at its end.
+        """Ends the leg: the transport (its reading paused), what nobody has read, and whether it is at its end.
 
         Raises `gone_fault` if the transport is lost.
         """

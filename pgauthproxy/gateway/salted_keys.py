@@ -29,9 +29,7 @@ class SaltedKeys:
         name = hmac.digest(self._mac_key, asked, "sha256")
         salted = self._kept.pop(name, None)
         if salted is None:
-            salted = await asyncio.to_thread(
-                scram.salted_password, step.password.reveal(), step.salt, step.iterations
-            )
+            salted = await asyncio.to_thread(scram.salted_password, step.password.reveal(), step.salt, step.iterations)
         self._kept[name] = salted
         if len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)

@@ -44,14 +44,12 @@ def tune(connection: socket.socket, options: TcpOptions) -> None:
 
 
 async def resolve(address: Address, seconds: float) -> list[Address]:
-    """The addresses behind a name, in the resolver's order; a socket folder or IP address is its own. Raises DialError."""
+    """The addresses behind a name, in the resolver's order; a folder or IP address is its own. Raises DialError."""
     if address.is_socket_folder or _is_ip(address.host):
         return [address]
     try:
         async with asyncio.timeout(seconds):
-            found = await asyncio.get_running_loop().getaddrinfo(
-                address.host, address.port, type=socket.SOCK_STREAM
-            )
+            found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except TimeoutError:
         raise DialError(f"{address}: no answer to the name's look-up in {seconds:g} s") from None
     except OSError as error:

@@ -34,7 +34,7 @@ class ListenAddress:
 
 
 def parse_listen(text: str) -> ListenAddress:
-    """Reads `host:port`, `:port`, `[v6]:port` or `unix:/folder:port`; a port may be a service name. Raises ListenError."""
+    """Reads `host:port`, `:port`, `[v6]:port` or `unix:/folder:port`; a port may be a service's name."""
     if text.startswith(UNIX_PREFIX):
         folder, _, port = text.removeprefix(UNIX_PREFIX).rpartition(":")
         if not folder.startswith("/") or not port.isdigit():

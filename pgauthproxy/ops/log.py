@@ -111,9 +111,7 @@ def make_logger(log_format: str, level: str, descriptor: int = STDERR) -> Any:
         encode: Callable[..., str] = lambda fields, **_: msgspec.json.encode(fields).decode()  # noqa: E731 (one use)
         processors.append(structlog.processors.JSONRenderer(serializer=encode))
     else:
-        processors.append(
-            structlog.dev.ConsoleRenderer(colors=os.isatty(descriptor), sort_keys=False, pad_event_to=0)
-        )
+        processors.append(structlog.dev.ConsoleRenderer(colors=os.isatty(descriptor), sort_keys=False, pad_event_to=0))
     return structlog.wrap_logger(
         LineWriter(descriptor),
         processors=processors,
@@ -145,9 +143,7 @@ class LogSink:
                     seconds=round(event.seconds, 3),
                 )
             case Cancelled():
-                self._logger.info(
-                    "cancel request", client=event.address, session=event.session, outcome=event.outcome
-                )
+                self._logger.info("cancel request", client=event.address, session=event.session, outcome=event.outcome)
             case AuthenticatorSaid():
                 for line in event.lines:
                     self._logger.warning("authenticator says", session=event.session, text=printable(line))

@@ -1,0 +1,1 @@
+"""Authenticators to start from. The package carries them for `pgauthproxy demo`."""

@@ -1,0 +1,38 @@
+"""What the documents say is what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pgauthproxy import __version__
+from pgauthproxy.config import reference, schema
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_reference_of_settings_is_made_from_the_schema() -> None:
+    assert (ROOT / "docs/config.md").read_text() == reference.markdown()
+
+
+def test_the_changelog_knows_this_version() -> None:
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    for document in [ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_setting_that_a_document_names_exists() -> None:
+    known = {key.path for key in schema.all_keys()}
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(r"`((?:authenticator|target|tcp|log)\.[a-z_]+)`", document.read_text()):
+            assert name in known, f"{document.name}: {name}"
+
+
+def test_the_shell_and_python_examples_of_the_readme_are_the_files() -> None:
+    readme = (ROOT / "docs/authenticators.md").read_text()
+    for name in ("two_roles.py", "two_roles.sh"):
+        assert (ROOT / "examples" / name).read_text() in readme, name
