@@ -109,6 +109,11 @@ cdef class End:
         """Whether the transport has bytes that its socket did not take yet."""
         return self._holding
 
+    @property
+    def data_received(self):
+        """None. A transport of uvloop keeps the last protocol's method, and the protocol with it, unless the next has one."""
+        return None
+
     def get_buffer(self, Py_ssize_t size_hint):
         return self._buffer.space
 

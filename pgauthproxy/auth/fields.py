@@ -4,6 +4,7 @@ Lines end at LF and nowhere else, values are bytes, and what stands in a line ca
 and the password parser have refused line breaks before anything gets here, and this module checks it once more.
 """
 
+import functools
 import re
 from typing import Final
 
@@ -109,8 +110,12 @@ def _seconds(pairs: dict[bytes, bytes], name: bytes) -> float | None:
     return seconds
 
 
+@functools.lru_cache(1024)
 def parse_hosts(text: bytes) -> tuple[Address, ...]:
-    """`host:port`, `host`, `[v6]:port`, `/folder:port`, or several of them with commas. Raises NonsenseError."""
+    """`host:port`, `host`, `[v6]:port`, `/folder:port`, or several of them with commas. Raises NonsenseError.
+
+    Remembers the latest, so that sessions to the same target share its address.
+    """
     if not text:
         raise NonsenseError("no _META_TARGET_HOST")
     try:
