@@ -81,7 +81,7 @@ def parse_options() -> argparse.Namespace:
     names = [one.name for one in MEASUREMENTS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of one pgbench or login run (default 5)")
+    parser.add_argument("--seconds", type=int, default=5, help="of one pgbench or login run (default 5)")
     parser.add_argument("--only", type=_comma_list, metavar="NAME,...", help=f"of {', '.join(names)}")
     parser.add_argument("--peers", type=_comma_list, metavar="NAME,...", help="default: all that are installed")
     parser.add_argument(

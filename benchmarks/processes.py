@@ -80,19 +80,22 @@ def running(
 
     It leads a session of its own, so that Ctrl-C reaches only us and the children end in order.
     """
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=env,
-            cwd=None if user is None else log.parent,  # ours may be closed to that user
-            user=user,
-            group=_group_of(user),
-            extra_groups=None if user is None else [],
-            start_new_session=True,
-        )
+    try:
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                cwd=None if user is None else log.parent,  # ours may be closed to that user
+                user=user,
+                group=_group_of(user),
+                extra_groups=None if user is None else [],
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise MeasurementFailed(f"{command[0]} could not be started: {error}") from error
     try:
         yield child
     finally:

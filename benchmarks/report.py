@@ -84,7 +84,7 @@ class Circumstances:
     date: str
     command: str
     repeats: int
-    seconds: float
+    seconds: int
     machine: dict[str, str]
     versions: dict[str, str]
 

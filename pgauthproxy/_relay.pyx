@@ -29,7 +29,10 @@ cdef enum:
     READY_BYTES = 6
     READY_FIXED_BYTES = 5
 
+    TERMINATE_BYTES = 5
+
 cdef char *READY_FOR_QUERY = b"Z\x00\x00\x00\x05"
+cdef char *TERMINATE = b"X\x00\x00\x00\x04"
 
 
 @cython.final
@@ -100,9 +103,9 @@ cdef class End:
         return memcmp(self._tail, READY_FOR_QUERY, READY_FIXED_BYTES) == 0
 
     @property
-    def at_eof(self):
-        """Whether this side has said that it sends nothing more."""
-        return self._at_eof
+    def has_finished(self):
+        """Whether this side has ended the session in order: by a Terminate, or by saying that it sends nothing more."""
+        return self._at_eof or memcmp(self._tail + READY_BYTES - TERMINATE_BYTES, TERMINATE, TERMINATE_BYTES) == 0
 
     @property
     def holding(self):

@@ -212,10 +212,12 @@ class Session:
         gateway = self._gateway
         session = gateway.keys.find(request.key)
         outcome = "nobody's key"
-        if session is not None:
-            outcome = await cancel.forward(session, gateway.cancel_timeout, gateway.target.tcp)
+        try:
+            if session is not None:
+                outcome = await cancel.forward(session, gateway.cancel_timeout, gateway.target.tcp)
+        finally:
+            client.transport.close()
         gateway.sink(Cancelled(accepted.address, session.id if session else "", outcome))
-        client.transport.close()
 
     def _attach(self, client: ClientLeg, target: TargetLeg, attached: Attached) -> None:
         """Steps 7 and 8: lets the client in and sets the two ends back to back."""
@@ -243,7 +245,7 @@ class Session:
     def target_finished(self) -> None:
         """The target has said its last word: an `End` reports it."""
         assert self._client_end is not None  # noqa: S101 (ends report while they are joined)
-        self._close(CloseReason.CLIENT_CLOSED if self._client_end.at_eof else CloseReason.TARGET_CLOSED)
+        self._close(CloseReason.CLIENT_CLOSED if self._client_end.has_finished else CloseReason.TARGET_CLOSED)
 
     def end_lost(self, end: _relay.End, error: Exception | None) -> None:
         """A connection is gone for good: an `End` reports it."""

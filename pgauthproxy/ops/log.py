@@ -5,10 +5,11 @@ reads standard error, lines wait in memory up to a bound and are counted beyond 
 """
 
 import asyncio
+import json
 import os
 import select
 from collections import deque
-from collections.abc import Callable
+from collections.abc import MutableMapping
 from typing import Any, Final
 
 import msgspec
@@ -34,6 +35,7 @@ RETRY_SECONDS: Final = 0.2
 # POSIX promises that a pipe that polls writable takes this many bytes without blocking.
 PIPE_BYTES: Final = select.PIPE_BUF
 STDERR: Final = 2
+QUOTED_FOR: Final = frozenset(" =\"'")
 
 
 def printable(value: bytes | str) -> str:
@@ -101,20 +103,30 @@ class LineWriter:
         self._retry = loop.call_later(RETRY_SECONDS, self.flush)
 
 
+def render_text(_logger: object, _method: str, fields: MutableMapping[str, Any]) -> str:
+    """One line for people: time, level, what happened, then `key=value`s, quoted where they hold a space."""
+    head = f"{fields.pop('timestamp')} {fields.pop('level'):7} {fields.pop('event')}"
+    return " ".join([head, *(f"{name}={_quoted(str(value))}" for name, value in fields.items())])
+
+
+def _quoted(text: str) -> str:
+    return text if text and not set(text) & QUOTED_FOR else json.dumps(text, ensure_ascii=False)
+
+
+def render_json(_logger: object, _method: str, fields: MutableMapping[str, Any]) -> str:
+    """One JSON object."""
+    return msgspec.json.encode(fields).decode()
+
+
 def make_logger(log_format: str, level: str, descriptor: int = STDERR) -> Any:
     """A structlog logger that writes to a descriptor, as `text` or `json`."""
-    processors: list[Any] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=log_format == "json"),
-    ]
-    if log_format == "json":
-        encode: Callable[..., str] = lambda fields, **_: msgspec.json.encode(fields).decode()  # noqa: E731 (one use)
-        processors.append(structlog.processors.JSONRenderer(serializer=encode))
-    else:
-        processors.append(structlog.dev.ConsoleRenderer(colors=os.isatty(descriptor), sort_keys=False, pad_event_to=0))
     return structlog.wrap_logger(
         LineWriter(descriptor),
-        processors=processors,
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=log_format == "json"),
+            render_json if log_format == "json" else render_text,
+        ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )

@@ -1,0 +1,130 @@
+"""What several files of this folder need: gateways that live for a file, and waiting for a condition."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pgauthproxy.throwaway import ThrowawayPostgres
+from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
+
+PASSWORD = "of no importance"
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Returns once the condition holds; fails with `what` was waited for if it never does."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {WAIT_SECONDS} s for {what}"
+        time.sleep(0.005)
+
+
+def write_mapped(script: Path, port: int) -> Path:
+    """An authenticator as the fixture `mapped` is: lets everybody but mallory in, as postgres."""
+    script.write_text(
+        "#!/bin/sh\n"
+        "input=$(cat)\n"
+        'field() { printf "%s\\n" "$input" | sed -n "s/^$1=//p"; }\n'
+        "database=$(field database)\n"
+        f'echo "_META_TARGET_HOST=127.0.0.1:{port}"\n'
+        'echo "user=postgres"\n'
+        'echo "database=${database:-postgres}"\n'
+        'printf "%s\\n" "$input" | grep -E "^(application_name|client_encoding|options|replication)="\n'
+        '[ "$(field user)" != mallory ]\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+@contextlib.contextmanager
+def running_gateway(folder: Path, cmd: Path, **settings: Any) -> Iterator[Gateway]:
+    """A gateway that lives as long as the block; it must end with status 0 and without an internal error."""
+    authenticator = {"cmd": [str(cmd)], **settings.pop("authenticator", {})}
+    content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": authenticator, **settings}
+    config, log = folder / "gateway.yaml", folder / "gateway.log"
+    config.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "pgauthproxy", "--config", str(config), "--log-format", "json"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stderr=output, stdin=subprocess.DEVNULL, cwd=folder)
+    gateway = Gateway(process, log)
+    try:
+        gateway.port = int(gateway.wait_for("listening")["address"].rpartition(":")[2])
+        yield gateway
+        status = gateway.stop()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    written = log.read_text()
+    assert status == 0, written
+    assert "internal error" not in written, written
+    assert "Traceback" not in written, written
+
+
+@pytest.fixture(scope="module", params=["md5", "cleartext"])
+def either_gateway(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, postgres: ThrowawayPostgres
+) -> Iterator[Gateway]:
+    """A gateway before `postgres` in either password mode, shared by the tests of a file."""
+    folder = tmp_path_factory.mktemp(f"gateway-{request.param}")
+    cmd = write_mapped(folder / "authenticator", postgres.port)
+    cleartext = request.param == "cleartext"
+    with running_gateway(folder, cmd, authenticator={"cleartext_password": cleartext}) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def shared_gateway(
+    tmp_path_factory: pytest.TempPathFactory, postgres: ThrowawayPostgres
+) -> Iterator[Gateway]:
+    """A gateway before `postgres`, shared by the tests of a file."""
+    folder = tmp_path_factory.mktemp("gateway")
+    with running_gateway(folder, write_mapped(folder / "authenticator", postgres.port)) as gateway:
+        yield gateway
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What the server itself knows of its sessions; asked directly, past the gateway."""
+
+    server: ThrowawayPostgres
+
+    def sleeps(self, pid: int) -> bool:
+        return self._counts(f"pid = {pid} and wait_event = 'PgSleep'")
+
+    def sleeps_as(self, application_name: str) -> bool:
+        return self._counts(f"application_name = '{application_name}' and wait_event = 'PgSleep'")
+
+    def named(self, application_name: str) -> bool:
+        return self._counts(f"application_name = '{application_name}'")
+
+    def _counts(self, condition: str) -> bool:
+        return self.server.sql(f"select count(*) from pg_stat_activity where {condition}") != "0"
+
+
+@pytest.fixture
+def backends(postgres: ThrowawayPostgres) -> Backends:
+    return Backends(postgres)
+
+
+@pytest.fixture
+def mapped_to(authenticator: Callable[..., Path], start_gateway: StartGateway) -> Callable[..., Gateway]:
+    """Starts a gateway whose authenticator prints these lines, whoever asks."""
+    numbers = itertools.count()
+
+    def start(lines: dict[str, str], **settings: Any) -> Gateway:
+        printed = "\n".join(f"{key}={value}" for key, value in lines.items())
+        script = authenticator(f"cat <<'END'\n{printed}\nEND", f"authenticator-{next(numbers)}")
+        return start_gateway(script, **settings)
+
+    return start
