@@ -1,4 +1,4 @@
-from typing import Final, final
+from typing import Any, Final, final
 
 BY_EXIT: Final[int]
 BY_TIMEOUT: Final[int]
@@ -6,14 +6,12 @@ BY_STOP: Final[int]
 BY_FLOOD: Final[int]
 
 @final
-class Stop:
-    def __init__(self) -> None: ...
-    def set(self) -> None: ...
-
-@final
-class Outcome:
+class Run:
+    done: Any
     @property
     def ended_by(self) -> int: ...
+    @property
+    def failure(self) -> int: ...
     @property
     def status(self) -> int: ...
     @property
@@ -22,18 +20,23 @@ class Outcome:
     def errors(self) -> bytes: ...
     @property
     def errors_dropped(self) -> int: ...
+    def stop(self) -> None: ...
 
 @final
-class Command:
-    def __init__(self, argv: list[bytes], environment: list[bytes]) -> None: ...
-    def run(
+class Runner:
+    def __init__(
         self,
-        data: bytes,
-        stop: Stop,
+        argv: list[bytes],
+        environment: list[bytes],
+        max_parallel: int,
         timeout_seconds: float,
         grace_seconds: float,
         max_output: int,
         max_errors: int,
-    ) -> Outcome: ...
+    ) -> None: ...
+    def fileno(self) -> int: ...
+    def start(self, data: bytes) -> Run: ...
+    def collect(self) -> list[Run]: ...
+    def close(self) -> None: ...
 
 def keep_descriptors_private() -> None: ...

@@ -1,8 +1,10 @@
-"""Runs a command to its end without the GIL: the caller is a thread, and the event loop never feels it.
+"""Runs a command to its end, many times over and several at once, without the event loop feeling it.
 
-`Command.run` starts the process (posix_spawn, which does not copy the gateway), feeds its standard input, collects
-its output, and returns when the process is gone. Four things can end it: its exit, the time-out, a `Stop` set from
-another thread, too much output. All but the first send TERM to the process group and KILL after the grace.
+A `Runner` has threads of its own that never touch Python: neither the interpreter's lock nor its hand-over costs a
+login anything. `start` queues a run, `fileno` becomes readable when runs are over, `collect` gives them back. A thread
+starts the process (posix_spawn, which does not copy the gateway), feeds its standard input, collects its output, and
+waits until it is gone. Four things can end a process: its exit, the time-out, `Run.stop`, too much output. All but
+the first send TERM to the process group and KILL after the grace.
 
 The exit decides, not the end of the pipes: a grandchild may hold those open for ever. What is in a pipe at the moment
 of the exit still counts. The process gets descriptors 0, 1 and 2 and no others (`keep_descriptors_private` at start
@@ -15,7 +17,7 @@ Linux learns of the exit from a pidfd; elsewhere it is asked for every few milli
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.types cimport pid_t
 
@@ -27,6 +29,7 @@ cdef extern from *:
     #include <errno.h>
     #include <fcntl.h>
     #include <poll.h>
+    #include <pthread.h>
     #include <signal.h>
     #include <spawn.h>
     #include <sys/wait.h>
@@ -96,6 +99,17 @@ cdef extern from *:
         return result;
     }
 
+    /* A thread that no signal is delivered to: those are the main thread's. */
+    static int pgap_start_thread(pthread_t *thread, void *(*main)(void *), void *argument) {
+        sigset_t all, before;
+        int result;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        result = pthread_create(thread, NULL, main, argument);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        return result;
+    }
+
     /* Whether the child is gone, without reaping it: its process group stays its own until then. */
     static int pgap_exited(pid_t pid) {
         siginfo_t info;
@@ -119,6 +133,24 @@ cdef extern from *:
     int pgap_spawn(pid_t *pid, char **argv, char **envp, int in_fd, int out_fd, int err_fd) nogil
     int pgap_exited(pid_t pid) nogil
 
+    ctypedef struct pthread_t:
+        pass
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    int pgap_start_thread(pthread_t *thread, void *(*main)(void *) noexcept nogil, void *argument) nogil
+    int pthread_join(pthread_t thread, void **result) nogil
+    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes) nogil
+    int pthread_mutex_destroy(pthread_mutex_t *mutex) nogil
+    int pthread_mutex_lock(pthread_mutex_t *mutex) nogil
+    int pthread_mutex_unlock(pthread_mutex_t *mutex) nogil
+    int pthread_cond_init(pthread_cond_t *condition, void *attributes) nogil
+    int pthread_cond_destroy(pthread_cond_t *condition) nogil
+    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex) nogil
+    int pthread_cond_signal(pthread_cond_t *condition) nogil
+    int pthread_cond_broadcast(pthread_cond_t *condition) nogil
+
 
 cdef enum:
     ENDED_BY_EXIT = 0
@@ -126,6 +158,7 @@ cdef enum:
     ENDED_BY_STOP = 2
     ENDED_BY_FLOOD = 3
     DISCARD_BYTES = 16384
+    FIRST_BYTES = 1024
     POLL_WITHOUT_PIDFD_MS = 5
 
 BY_EXIT = ENDED_BY_EXIT
@@ -135,10 +168,12 @@ BY_FLOOD = ENDED_BY_FLOOD
 
 
 cdef struct Sink:
-    # One pipe that is read: at most `room` bytes are kept, more is dropped, and counted in `dropped`.
+    # One pipe that is read: at most `room` bytes are kept, more is dropped, and counted in `dropped`. Memory is taken
+    # as it is needed, up to `capacity`.
     int fd
     char *at
     Py_ssize_t size
+    Py_ssize_t capacity
     Py_ssize_t room
     Py_ssize_t dropped
 
@@ -149,19 +184,34 @@ cdef double now() noexcept nogil:
     return <double>time.tv_sec + <double>time.tv_nsec * 1e-9
 
 
+cdef bint has_space(Sink *sink) noexcept nogil:
+    """Makes space for more, unless the room is used up or there is no memory."""
+    cdef Py_ssize_t wanted
+    cdef char *grown
+    if sink.size == sink.capacity and sink.capacity < sink.room:
+        wanted = min(max(<Py_ssize_t>FIRST_BYTES, sink.capacity * 2), sink.room)
+        grown = <char *>realloc(sink.at, wanted)
+        if grown is not NULL:
+            sink.at = grown
+            sink.capacity = wanted
+    return sink.size < sink.capacity
+
+
 cdef void drain(Sink *sink, Py_ssize_t at_most) noexcept nogil:
     """Reads what is there, up to `at_most` bytes; closes the pipe at its end."""
     cdef char[DISCARD_BYTES] discard
     cdef ssize_t count
     cdef Py_ssize_t seen = 0
+    cdef bint kept
     while sink.fd >= 0 and seen < at_most:
-        if sink.size < sink.room:
-            count = read(sink.fd, sink.at + sink.size, sink.room - sink.size)
+        kept = has_space(sink)
+        if kept:
+            count = read(sink.fd, sink.at + sink.size, sink.capacity - sink.size)
         else:
             count = read(sink.fd, discard, DISCARD_BYTES)
         if count > 0:
             seen += count
-            if sink.size < sink.room:
+            if kept:
                 sink.size += count
             else:
                 sink.dropped += count
@@ -192,158 +242,140 @@ cdef bint feed(int *fd, const char **data, Py_ssize_t *left) noexcept nogil:
     return False
 
 
-@cython.final
-cdef class Stop:
-    """Ends one run from another thread: `set` may be called at any time, any number of times."""
-
-    cdef int[2] _ends
-
-    def __cinit__(self):
-        self._ends[0] = self._ends[1] = -1
-        if pgap_pipe(self._ends, 1) < 0:
-            raise OSError(errno, os.strerror(errno))
-
-    def __dealloc__(self):
-        pgap_close(&self._ends[0])
-        pgap_close(&self._ends[1])
-
-    def set(self):
-        """Non-blocking; a second call changes nothing."""
-        write(self._ends[1], b"!", 1)
+cdef struct Job:
+    # One run, from `start` to `collect`. Between those it belongs to the threads, but for `stopped`, under the lock.
+    Job *next
+    const char *data
+    Py_ssize_t size
+    Sink out
+    Sink err
+    int ended_by
+    int status
+    int failure
+    int stop_fd
+    bint stopped
 
 
-@cython.final
-cdef class Outcome:
-    """How a run ended.
-
-    `ended_by` is one of BY_EXIT, BY_TIMEOUT, BY_STOP, BY_FLOOD; `status` the exit status, or minus the signal's number;
-    `output` and `errors` what was collected (bytes), `errors_dropped` how many bytes of errors were not.
-    """
-
-    cdef readonly int ended_by
-    cdef readonly int status
-    cdef readonly bytes output
-    cdef readonly bytes errors
-    cdef readonly Py_ssize_t errors_dropped
+cdef struct Queue:
+    Job *first
+    Job *last
 
 
-@cython.final
-cdef class Command:
-    """A command line and environment, ready to be run any number of times, from any thread.
+cdef struct Shared:
+    # What the threads of a Runner share.
+    pthread_mutex_t lock
+    pthread_cond_t work
+    Queue waiting
+    Queue over
+    int waiting_jobs
+    int idle_threads
+    bint closing
+    int over_fd
+    char **argv
+    char **environment
+    double timeout
+    double grace
 
-    `argv` is looked up on PATH; `environment` holds b"NAME=value" entries. Raises ValueError on an empty argv or a NUL.
-    """
 
-    cdef list _kept
-    cdef char **_argv
-    cdef char **_environment
+cdef void push(Queue *queue, Job *job) noexcept nogil:
+    job.next = NULL
+    if queue.last is NULL:
+        queue.first = job
+    else:
+        queue.last.next = job
+    queue.last = job
 
-    def __cinit__(self, list argv not None, list environment not None):
-        if not argv:
-            raise ValueError("a command needs a name")
-        if any(b"\0" in word for word in argv + environment):
-            raise ValueError("a NUL in the command line or environment")
-        self._kept = argv + environment
-        self._argv = self._words(argv)
-        self._environment = self._words(environment)
 
-    def __dealloc__(self):
-        free(self._argv)
-        free(self._environment)
+cdef Job *pop(Queue *queue) noexcept nogil:
+    cdef Job *job = queue.first
+    if job is not NULL:
+        queue.first = job.next
+        if queue.first is NULL:
+            queue.last = NULL
+    return job
 
-    cdef char **_words(self, list words) except NULL:
-        cdef char **array = <char **>malloc((len(words) + 1) * sizeof(char *))
-        if array is NULL:
-            raise MemoryError()
-        for i, word in enumerate(words):
-            array[i] = word
-        array[len(words)] = NULL
-        return array
 
-    def run(
-        self, bytes data not None, Stop stop not None, double timeout_seconds, double grace_seconds,
-        Py_ssize_t max_output, Py_ssize_t max_errors,
-    ):
-        """Runs the command with `data` on its standard input, blocks until it is gone, gives an Outcome.
+cdef void *serve(void *argument) noexcept nogil:
+    """A thread's life: takes one job after the other until the Runner closes."""
+    cdef Shared *shared = <Shared *>argument
+    cdef Job *job
+    cdef int[2] stop_ends
+    cdef char[64] discard
+    stop_ends[0] = stop_ends[1] = -1
+    pgap_pipe(stop_ends, 0)
+    pthread_mutex_lock(&shared.lock)
+    while True:
+        job = pop(&shared.waiting)
+        if job is NULL:
+            if shared.closing:
+                break
+            shared.idle_threads += 1
+            pthread_cond_wait(&shared.work, &shared.lock)
+            shared.idle_threads -= 1
+            continue
+        shared.waiting_jobs -= 1
+        if job.stopped:
+            job.ended_by = ENDED_BY_STOP
+        else:
+            job.stop_fd = stop_ends[1]
+            pthread_mutex_unlock(&shared.lock)
+            run_process(shared, job, stop_ends[0])
+            pthread_mutex_lock(&shared.lock)
+            job.stop_fd = -1
+            if job.stopped:
+                while read(stop_ends[0], discard, sizeof(discard)) > 0:
+                    pass
+        push(&shared.over, job)
+        write(shared.over_fd, b"!", 1)
+    pthread_mutex_unlock(&shared.lock)
+    pgap_close(&stop_ends[0])
+    pgap_close(&stop_ends[1])
+    return NULL
 
-        Output beyond `max_output` bytes ends it; errors beyond `max_errors` bytes are dropped. Raises OSError if
-        it could not be started.
-        """
-        cdef Sink out
-        cdef Sink err
-        cdef int ended_by = ENDED_BY_EXIT
-        cdef int status = 0
-        cdef int failure
-        cdef const char *left = PyBytes_AS_STRING(data)
-        cdef Py_ssize_t left_size = PyBytes_GET_SIZE(data)
-        # One byte of room more than allowed, so that too much is seen as such.
-        output = PyBytes_FromStringAndSize(NULL, max_output + 1)
-        errors = PyBytes_FromStringAndSize(NULL, max_errors)
-        out.fd = err.fd = -1
-        out.at = PyBytes_AS_STRING(output)
-        err.at = PyBytes_AS_STRING(errors)
-        out.room = max_output + 1
-        err.room = max_errors
-        out.size = err.size = out.dropped = err.dropped = 0
-        with nogil:
-            failure = self._run(
-                left, left_size, stop._ends[0], timeout_seconds, grace_seconds, &out, &err, &ended_by, &status
-            )
-        if failure:
-            raise OSError(failure, os.strerror(failure))
-        outcome = Outcome()
-        outcome.ended_by = ended_by
-        outcome.status = os.waitstatus_to_exitcode(status)
-        outcome.output = output[:out.size]
-        outcome.errors = errors[:err.size]
-        outcome.errors_dropped = err.dropped
-        return outcome
 
-    cdef int _run(
-        self, const char *data, Py_ssize_t size, int stop_fd, double timeout, double grace,
-        Sink *out, Sink *err, int *ended_by, int *status,
-    ) noexcept nogil:
-        """Returns 0, or the errno for which nothing was started."""
-        cdef int[2] in_pipe
-        cdef int[2] out_pipe
-        cdef int[2] err_pipe
-        cdef int failure = 0
-        cdef pid_t pid = 0
-        cdef int pid_fd = -1
-        in_pipe[0] = in_pipe[1] = out_pipe[0] = out_pipe[1] = err_pipe[0] = err_pipe[1] = -1
-        if pgap_pipe(in_pipe, 1) < 0 or pgap_pipe(out_pipe, 0) < 0 or pgap_pipe(err_pipe, 0) < 0:
-            failure = errno
-        if failure == 0:
-            # A question is short: it fits the pipe before anyone reads it.
-            feed(&in_pipe[1], &data, &size)
-            failure = pgap_spawn(&pid, self._argv, self._environment, in_pipe[0], out_pipe[1], err_pipe[1])
-        pgap_close(&in_pipe[0])
-        pgap_close(&out_pipe[1])
-        pgap_close(&err_pipe[1])
-        if failure == 0:
-            out.fd = out_pipe[0]
-            err.fd = err_pipe[0]
-            pid_fd = pgap_pidfd_open(pid)
-            ended_by[0] = attend(pid, pid_fd, stop_fd, now() + timeout, &in_pipe[1], data, size, out, err)
-            if ended_by[0] != ENDED_BY_EXIT:
-                end_group(pid, pid_fd, grace)
-            while waitpid(pid, status, 0) < 0 and errno == EINTR:
-                pass
-            pgap_close(&pid_fd)
-            out_pipe[0] = out.fd
-            err_pipe[0] = err.fd
-        pgap_close(&in_pipe[1])
-        pgap_close(&out_pipe[0])
-        pgap_close(&err_pipe[0])
-        return failure
+cdef void run_process(Shared *shared, Job *job, int stop_fd) noexcept nogil:
+    """Fills in how the job ended; `failure` is the errno for which nothing was started, else 0."""
+    cdef int[2] in_pipe
+    cdef int[2] out_pipe
+    cdef int[2] err_pipe
+    cdef pid_t pid = 0
+    cdef int pid_fd = -1
+    cdef const char *data = job.data
+    cdef Py_ssize_t size = job.size
+    in_pipe[0] = in_pipe[1] = out_pipe[0] = out_pipe[1] = err_pipe[0] = err_pipe[1] = -1
+    if pgap_pipe(in_pipe, 1) < 0 or pgap_pipe(out_pipe, 0) < 0 or pgap_pipe(err_pipe, 0) < 0:
+        job.failure = errno
+    else:
+        # A question is short: it fits the pipe before anyone reads it.
+        feed(&in_pipe[1], &data, &size)
+        job.failure = pgap_spawn(&pid, shared.argv, shared.environment, in_pipe[0], out_pipe[1], err_pipe[1])
+    pgap_close(&in_pipe[0])
+    pgap_close(&out_pipe[1])
+    pgap_close(&err_pipe[1])
+    if job.failure == 0:
+        job.out.fd = out_pipe[0]
+        job.err.fd = err_pipe[0]
+        pid_fd = pgap_pidfd_open(pid)
+        job.ended_by = attend(pid, pid_fd, stop_fd, now() + shared.timeout, &in_pipe[1], data, size, job)
+        if job.ended_by != ENDED_BY_EXIT:
+            end_group(pid, pid_fd, 0 if shared.closing else shared.grace)
+        while waitpid(pid, &job.status, 0) < 0 and errno == EINTR:
+            pass
+        pgap_close(&pid_fd)
+        out_pipe[0] = job.out.fd
+        err_pipe[0] = job.err.fd
+    pgap_close(&in_pipe[1])
+    pgap_close(&out_pipe[0])
+    pgap_close(&err_pipe[0])
 
 
 cdef int attend(
-    pid_t pid, int pid_fd, int stop_fd, double deadline, int *in_fd, const char *data, Py_ssize_t size,
-    Sink *out, Sink *err,
+    pid_t pid, int pid_fd, int stop_fd, double deadline, int *in_fd, const char *data, Py_ssize_t size, Job *job
 ) noexcept nogil:
     """Serves the three pipes until the process is gone or must go; returns what ended it."""
     cdef pollfd[5] polled
+    cdef Sink *out = &job.out
+    cdef Sink *err = &job.err
     cdef double left
     cdef bint exited
     while True:
@@ -393,6 +425,193 @@ cdef void end_group(pid_t pid, int pid_fd, double grace) noexcept nogil:
             break
         left = deadline - now()
     kill(-pid, SIGKILL)
+
+
+@cython.final
+cdef class Run:
+    """One run of a Runner's command.
+
+    Once collected: `ended_by` is one of BY_EXIT, BY_TIMEOUT, BY_STOP, BY_FLOOD; `failure` the errno for which the
+    command could not be started, else 0; `status` the exit status, or minus the signal's number; `output` and
+    `errors` what was collected (bytes), `errors_dropped` how many bytes of errors were not. `done` is the caller's.
+    """
+
+    cdef Job _job
+    cdef Shared *_shared
+    cdef bytes _data
+    cdef public object done
+
+    def __dealloc__(self):
+        free(self._job.out.at)
+        free(self._job.err.at)
+
+    @property
+    def ended_by(self):
+        return self._job.ended_by
+
+    @property
+    def failure(self):
+        return self._job.failure
+
+    @property
+    def status(self):
+        return os.waitstatus_to_exitcode(self._job.status)
+
+    @property
+    def output(self):
+        return PyBytes_FromStringAndSize(self._job.out.at, self._job.out.size)
+
+    @property
+    def errors(self):
+        return PyBytes_FromStringAndSize(self._job.err.at, self._job.err.size)
+
+    @property
+    def errors_dropped(self):
+        return self._job.err.dropped
+
+    def stop(self):
+        """Ends the run, or takes it out of the queue; it is collected as any other. No waiting, no harm in a second call."""
+        if self._shared is NULL:
+            return
+        pthread_mutex_lock(&self._shared.lock)
+        if not self._job.stopped:
+            self._job.stopped = True
+            if self._job.stop_fd >= 0:
+                write(self._job.stop_fd, b"!", 1)
+        pthread_mutex_unlock(&self._shared.lock)
+
+
+@cython.final
+cdef class Runner:
+    """Runs one command line, at most `max_parallel` at once, others in the order in which they came.
+
+    `argv` is looked up on PATH; `environment` holds b"NAME=value" entries. Output beyond `max_output` bytes ends a run;
+    errors beyond `max_errors` bytes are dropped. Raises ValueError on an empty argv or a NUL. Used from one thread.
+    """
+
+    cdef Shared _shared
+    cdef pthread_t *_threads
+    cdef int _thread_count
+    cdef int _max_parallel
+    cdef Py_ssize_t _max_output
+    cdef Py_ssize_t _max_errors
+    cdef int[2] _over_ends
+    cdef list _kept
+    cdef dict _runs
+
+    def __cinit__(
+        self, list argv not None, list environment not None, int max_parallel, double timeout_seconds,
+        double grace_seconds, Py_ssize_t max_output, Py_ssize_t max_errors,
+    ):
+        self._over_ends[0] = self._over_ends[1] = -1
+        pthread_mutex_init(&self._shared.lock, NULL)
+        pthread_cond_init(&self._shared.work, NULL)
+        if not argv:
+            raise ValueError("a command needs a name")
+        if any(b"\0" in word for word in argv + environment):
+            raise ValueError("a NUL in the command line or environment")
+        if max_parallel < 1:
+            raise ValueError("at least one run at once")
+        self._kept = argv + environment
+        self._runs = {}
+        self._shared.argv = words(argv)
+        self._shared.environment = words(environment)
+        self._shared.timeout = timeout_seconds
+        self._shared.grace = grace_seconds
+        self._max_parallel = max_parallel
+        self._max_output = max_output
+        self._max_errors = max_errors
+        self._threads = <pthread_t *>calloc(max_parallel, sizeof(pthread_t))
+        if self._threads is NULL:
+            raise MemoryError()
+        if pgap_pipe(self._over_ends, 0) < 0:
+            raise OSError(errno, os.strerror(errno))
+        self._shared.over_fd = self._over_ends[1]
+
+    def __dealloc__(self):
+        self.close()
+        free(self._shared.argv)
+        free(self._shared.environment)
+        free(self._threads)
+        pthread_cond_destroy(&self._shared.work)
+        pthread_mutex_destroy(&self._shared.lock)
+
+    def fileno(self):
+        """Readable when there is something to collect."""
+        return self._over_ends[0]
+
+    def start(self, bytes data not None):
+        """Queues a run with `data` on its standard input. Raises OSError if there is no thread for it, nor can be."""
+        cdef Run run = Run()
+        cdef Job *job = &run._job
+        cdef int failure
+        if self._shared.closing:
+            raise ValueError("a closed Runner")
+        run._data = data
+        run._shared = &self._shared
+        job.data = PyBytes_AS_STRING(data)
+        job.size = PyBytes_GET_SIZE(data)
+        job.out.fd = job.err.fd = job.stop_fd = -1
+        # One byte of room more than allowed, so that too much is seen as such.
+        job.out.room = self._max_output + 1
+        job.err.room = self._max_errors
+        pthread_mutex_lock(&self._shared.lock)
+        if self._shared.waiting_jobs >= self._shared.idle_threads and self._thread_count < self._max_parallel:
+            failure = pgap_start_thread(&self._threads[self._thread_count], serve, &self._shared)
+            if failure == 0:
+                self._thread_count += 1
+            elif self._thread_count == 0:
+                pthread_mutex_unlock(&self._shared.lock)
+                raise OSError(failure, os.strerror(failure))
+        self._runs[<size_t>job] = run
+        push(&self._shared.waiting, job)
+        self._shared.waiting_jobs += 1
+        pthread_cond_signal(&self._shared.work)
+        pthread_mutex_unlock(&self._shared.lock)
+        return run
+
+    def collect(self):
+        """The runs that are over, in the order in which they ended."""
+        cdef char[64] discard
+        cdef Job *job
+        cdef list collected = []
+        while read(self._over_ends[0], discard, sizeof(discard)) == sizeof(discard):
+            pass
+        while True:
+            pthread_mutex_lock(&self._shared.lock)
+            job = pop(&self._shared.over)
+            pthread_mutex_unlock(&self._shared.lock)
+            if job is NULL:
+                return collected
+            run = <Run>self._runs.pop(<size_t>job)
+            (<Run>run)._shared = NULL
+            collected.append(run)
+
+    def close(self):
+        """Ends what runs, at once, and waits until it is gone. What was queued is never started."""
+        if self._shared.closing:
+            return
+        for run in self._runs.values():
+            (<Run>run).stop()
+        with nogil:
+            pthread_mutex_lock(&self._shared.lock)
+            self._shared.closing = True
+            pthread_cond_broadcast(&self._shared.work)
+            pthread_mutex_unlock(&self._shared.lock)
+            for index in range(self._thread_count):
+                pthread_join(self._threads[index], NULL)
+        pgap_close(&self._over_ends[0])
+        pgap_close(&self._over_ends[1])
+
+
+cdef char **words(list given) except NULL:
+    cdef char **array = <char **>malloc((len(given) + 1) * sizeof(char *))
+    if array is NULL:
+        raise MemoryError()
+    for i, word in enumerate(given):
+        array[i] = word
+    array[len(given)] = NULL
+    return array
 
 
 def keep_descriptors_private():

@@ -8,7 +8,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from pgauthproxy import __version__, worker
+from pgauthproxy import worker
 from pgauthproxy.auth.command import missing_command
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
@@ -89,7 +89,7 @@ def _fail(*lines: str) -> NoReturn:
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @_settings_options
-@click.version_option(__version__, prog_name="pgauthproxy")
+@click.version_option(package_name="pgauthproxy")
 @click.pass_context
 def _command(context: click.Context, /, **flags: Any) -> None:
     """A PostgreSQL gateway with customizable authentication.

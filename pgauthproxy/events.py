@@ -1,8 +1,9 @@
 """What happened to a session, told to the outside through the one sink that the core is given."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from pgauthproxy.errors import Fault
 from pgauthproxy.stages import Accepted, Attached, Started
@@ -19,16 +20,14 @@ class CloseReason(StrEnum):
     SHUTDOWN = "gateway shut down"
 
 
-@dataclass(frozen=True, slots=True)
-class LoggedIn:
+class LoggedIn(msgspec.Struct, frozen=True):
     """A client was let in."""
 
     attached: Attached
     total_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """A connection ended before it was a session; `started` is None if it never said who it was."""
 
     accepted: Accepted
@@ -36,8 +35,7 @@ class Refused:
     fault: Fault
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """A session is over."""
 
     session: str
@@ -48,8 +46,7 @@ class Ended:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Cancelled:
+class Cancelled(msgspec.Struct, frozen=True):
     """A cancel request: `session` is the one that it was for, empty if its key is nobody's."""
 
     address: str
@@ -57,8 +54,7 @@ class Cancelled:
     outcome: str
 
 
-@dataclass(frozen=True, slots=True)
-class AuthenticatorSaid:
+class AuthenticatorSaid(msgspec.Struct, frozen=True):
     """What an authenticator wrote to its standard error: its lines, and how many bytes were dropped."""
 
     session: str
@@ -66,8 +62,7 @@ class AuthenticatorSaid:
     dropped: int
 
 
-@dataclass(frozen=True, slots=True)
-class Noticed:
+class Noticed(msgspec.Struct, frozen=True):
     """Something about the gateway itself that an operator should know."""
 
     level: str

@@ -4,7 +4,7 @@ Accepted → Started → Granted → Attached: an AuthenticationOk is made from 
 Granted alone, so that no client is let in without a grant and a target that let the gateway in.
 """
 
-from dataclasses import dataclass
+import msgspec
 
 from pgauthproxy.secret import Secret
 
@@ -14,19 +14,20 @@ Parameters = tuple[tuple[bytes, bytes], ...]
 
 def parameter(parameters: Parameters, name: bytes) -> bytes:
     """The value of one startup parameter, empty if it is missing."""
-    return next((value for key, value in parameters if key == name), b"")
+    for key, value in parameters:
+        if key == name:
+            return value
+    return b""
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True):
     """A client has connected. `address` is `ip:port`, `[v6]:port` or `[local]`."""
 
     session: str
     address: str
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(msgspec.Struct, frozen=True):
     """The client has said who it is and what it wants; nothing of it is proved."""
 
     accepted: Accepted
@@ -41,8 +42,7 @@ class Started:
         return parameter(self.parameters, b"database") or self.user
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(msgspec.Struct, frozen=True):
     """One place where a target may listen: a host name or IP address and port, or a socket folder and port."""
 
     host: str
@@ -56,8 +56,7 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(msgspec.Struct, frozen=True):
     """What an authenticator answers: where the session goes, as whom, with which credential.
 
     `hosts` are tried in order. `credential` is a password, or `md5` and 32 hex digits when `credential_is_md5`.
@@ -79,8 +78,7 @@ class Mapping:
         return parameter(self.parameters, b"database") or self.user
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
+class Granted(msgspec.Struct, frozen=True):
     """The authenticator has agreed."""
 
     started: Started
@@ -88,8 +86,7 @@ class Granted:
     authenticator_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Greeting:
+class Greeting(msgspec.Struct, frozen=True):
     """What a target sent between AuthenticationOk and its first ReadyForQuery, that included.
 
     `before_key` and `after_key` are the messages around BackendKeyData, unchanged; `key` is its body, empty if
@@ -101,8 +98,7 @@ class Greeting:
     after_key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Attached:
+class Attached(msgspec.Struct, frozen=True):
     """The target has let the gateway in. `reached` is where cancel requests go too."""
 
     granted: Granted

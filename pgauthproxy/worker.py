@@ -102,14 +102,9 @@ class Worker:
         for each in listening:
             self._sink(Noticed("info", "listening", (("address", listen.describe(each)),)))
 
-    def _accepted(self, connection: socket.socket) -> None:
+    def _accepted(self, connection: socket.socket, peer: Any) -> None:
         self._sessions_begun += 1
-        try:
-            address = client_address(connection)
-        except OSError:
-            # Gone before its turn.
-            connection.close()
-            return
+        address = client_address(peer)
         try:
             session = Session(self._gateway, self._sessions_begun)
         except GatewayFault as fault:
@@ -177,10 +172,10 @@ class Worker:
         self._sink(Noticed("error", "internal error", tuple(facts)))
 
 
-def client_address(connection: socket.socket) -> str:
-    """`ip:port`, `[v6]:port`, or `[local]` on a Unix socket. Raises OSError if the client is gone."""
-    if connection.family == socket.AF_UNIX:
+def client_address(peer: Any) -> str:
+    """`ip:port`, `[v6]:port`, or `[local]` on a Unix socket, from what accept gave."""
+    if not isinstance(peer, tuple):
         return LOCAL_CLIENT
-    host, port = connection.getpeername()[:2]
+    host, port = peer[:2]
     host = host.removeprefix(MAPPED_PREFIX)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,8 +1,4 @@
-"""The authenticator that is a command: one process for each login, the contract's lines on its pipes.
-
-Strategy: a thread for each process that may run at once, in which `_spawn` does everything from start to exit without
-the GIL. The pool's queue is the order in which logins wait for their turn.
-"""
+"""The authenticator that is a command: one process for each login, the contract's lines on its pipes."""
 
 import asyncio
 import os
@@ -10,7 +6,6 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from collections.abc import Mapping as Environment
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pgauthproxy import _spawn
@@ -52,60 +47,67 @@ class CommandAuthenticator:
     def __init__(
         self, argv: Sequence[str], environment: Environment[bytes, bytes], limits: CommandLimits, said: SaidSink
     ) -> None:
-        self._command = _spawn.Command(
+        self._runner = _spawn.Runner(
             [os.fsencode(word) for word in argv],
             [name + b"=" + value for name, value in environment.items()],
+            limits.max_parallel,
+            limits.timeout,
+            limits.grace,
+            limits.max_output,
+            limits.max_errors,
         )
         self._limits = limits
         self._said = said
-        self._running: set[_spawn.Stop] = set()
-        self._threads = ThreadPoolExecutor(limits.max_parallel, thread_name_prefix="authenticator")
+        self._listening: asyncio.AbstractEventLoop | None = None
 
     async def ask(self, question: Question) -> Mapping:
-        stop = _spawn.Stop()
-        running = asyncio.get_running_loop().run_in_executor(
-            self._threads, self._run, fields.encode_question(question), stop
-        )
-        self._running.add(stop)
+        loop = asyncio.get_running_loop()
+        if self._listening is None:
+            self._listening = loop
+            loop.add_reader(self._runner.fileno(), self._collect)
+        run = self._runner.start(fields.encode_question(question))
+        run.done = loop.create_future()
         try:
-            outcome = await running
+            await run.done
         except asyncio.CancelledError:
-            stop.set()
+            run.stop()
             raise
-        except OSError as error:
-            raise AuthenticatorFault(f"authenticator could not be started: {error.strerror}") from None
         finally:
-            self._running.discard(stop)
-        if outcome.errors:
-            self._report(question.started.accepted.session, outcome)
-        return self._decide(outcome)
+            run.done = None
+        if run.failure:
+            raise AuthenticatorFault(f"authenticator could not be started: {os.strerror(run.failure)}")
+        if run.errors:
+            self._report(question.started.accepted.session, run)
+        return self._decide(run)
 
     def close(self) -> None:
-        for stop in self._running:
-            stop.set()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._listening is not None:
+            self._listening.remove_reader(self._runner.fileno())
+            self._listening = None
+        self._runner.close()
 
-    def _run(self, data: bytes, stop: _spawn.Stop) -> _spawn.Outcome:
-        limits = self._limits
-        return self._command.run(data, stop, limits.timeout, limits.grace, limits.max_output, limits.max_errors)
+    def _collect(self) -> None:
+        for run in self._runner.collect():
+            if run.done is not None and not run.done.done():
+                run.done.set_result(None)
 
-    def _report(self, session: str, outcome: _spawn.Outcome) -> None:
-        lines = outcome.errors.decode(errors="backslashreplace").split("\n")
-        self._said(session, tuple(line for line in lines if line.strip()), outcome.errors_dropped)
+    def _report(self, session: str, run: _spawn.Run) -> None:
+        lines = run.errors.decode(errors="backslashreplace").split("\n")
+        self._said(session, tuple(line for line in lines if line.strip()), run.errors_dropped)
 
-    def _decide(self, outcome: _spawn.Outcome) -> Mapping:
-        if outcome.ended_by == _spawn.BY_TIMEOUT:
+    def _decide(self, run: _spawn.Run) -> Mapping:
+        if run.ended_by == _spawn.BY_TIMEOUT:
             raise AuthenticatorFault(f"authenticator took longer than {self._limits.timeout:g} s")
-        if outcome.ended_by == _spawn.BY_FLOOD:
+        if run.ended_by == _spawn.BY_FLOOD:
             raise AuthenticatorFault(f"authenticator printed more than {self._limits.max_output} bytes")
-        if outcome.status < 0:
+        if run.status < 0:
             # As before: a signal is a refusal, though hardly a meant one.
-            raise Denied(f"authenticator died of {_signal_name(-outcome.status)}")
-        if outcome.status > 0:
-            told = fields.decode_error(outcome.output, self._limits.max_lines)
-            raise Denied(f"authenticator refused with exit status {outcome.status}", told)
+            raise Denied(f"authenticator died of {_signal_name(-run.status)}")
+        if run.status > 0:
+            told = fields.decode_error(run.output, self._limits.max_lines)
+            raise Denied(f"authenticator refused with exit status {run.status}", told)
         try:
-            return fields.decode_mapping(outcome.output, self._limits.max_lines)
+            return fields.decode_mapping(run.output, self._limits.max_lines)
         except fields.NonsenseError as error:
             raise AuthenticatorFault(f"authenticator answered nonsense: {error}") from None
 

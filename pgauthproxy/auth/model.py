@@ -1,14 +1,14 @@
 """The question to an authenticator, its answer, and the interface that every kind of authenticator has."""
 
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Mapping, Started
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True):
     """May this client in? `method` is `md5` or `cleartext`; `salt` is 4 bytes, zero in cleartext mode."""
 
     started: Started

@@ -63,11 +63,6 @@ def shutting_down() -> GatewayFault:
     return GatewayFault(CANNOT_CONNECT_NOW, "the gateway is shutting down")
 
 
-def _fd(transport: asyncio.Transport) -> int:
-    descriptor: int = transport.get_extra_info("socket").fileno()
-    return descriptor
-
-
 class Session:
     """One client and its target. States, in order: logging in, relaying, closing (`_reason` is set), over."""
 
@@ -184,7 +179,7 @@ class Session:
         granted = await self._ask(Question(started, proof.method, proof.answer, proof.salt), asked)
         attached, target = await target_leg.attach(granted, gateway.target, gateway.salted.derive)
         try:
-            self._attach(client, target, attached)
+            self._attach(client, connection.fileno(), target, attached)
         except BaseException:
             target.abort()
             raise
@@ -219,16 +214,17 @@ class Session:
             client.transport.close()
         gateway.sink(Cancelled(accepted.address, session.id if session else "", outcome))
 
-    def _attach(self, client: ClientLeg, target: TargetLeg, attached: Attached) -> None:
+    def _attach(self, client: ClientLeg, client_fd: int, target: TargetLeg, attached: Attached) -> None:
         """Steps 7 and 8: lets the client in and sets the two ends back to back."""
         gateway = self._gateway
         client_transport, client_rest, client_at_eof = client.hand_over()
         target_transport, target_rest, target_at_eof = target.hand_over()
+        target_fd: int = target_transport.get_extra_info("socket").fileno()
         self._cancel_timer()
         self.reached = attached.reached
         self.target_key = attached.greeting.key
-        self._client_end = _relay.End(self, client_transport, _fd(client_transport), False, gateway.buffer)
-        self._target_end = _relay.End(self, target_transport, _fd(target_transport), True, gateway.buffer)
+        self._client_end = _relay.End(self, client_transport, client_fd, False, gateway.buffer)
+        self._target_end = _relay.End(self, target_transport, target_fd, True, gateway.buffer)
         client_transport.write(client_login.welcome(attached, gateway.keys.issue(self)))
         _relay.join(self._client_end, self._target_end)
         self._target_end.start(target_rest, target_at_eof)

@@ -8,7 +8,7 @@ import socket
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 ACCEPTS_AT_ONCE: Final = 64
 PAUSE_SECONDS: Final = 0.5
@@ -140,7 +140,7 @@ class Listener:
     def __init__(
         self,
         listening: socket.socket,
-        accepted: Callable[[socket.socket], None],
+        accepted: Callable[[socket.socket, Any], None],
         starved: Callable[[OSError], None],
     ) -> None:
         self._listening = listening
@@ -154,7 +154,7 @@ class Listener:
     def _accept(self) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
             try:
-                connection, _ = self._listening.accept()
+                connection, peer = self._listening.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -164,7 +164,7 @@ class Listener:
                 # That one client is gone again: its reset came before its turn.
                 continue
             connection.setblocking(False)
-            self._accepted(connection)
+            self._accepted(connection, peer)
 
     def _pause(self, error: OSError) -> None:
         """Leaves clients in the backlog for a while instead of being woken for each at once."""

@@ -5,8 +5,10 @@ reads standard error, lines wait in memory up to a bound and are counted beyond 
 """
 
 import asyncio
+import datetime
 import json
 import os
+import re
 import select
 from collections import deque
 from collections.abc import MutableMapping
@@ -35,7 +37,7 @@ RETRY_SECONDS: Final = 0.2
 # POSIX promises that a pipe that polls writable takes this many bytes without blocking.
 PIPE_BYTES: Final = select.PIPE_BUF
 STDERR: Final = 2
-QUOTED_FOR: Final = frozenset(" =\"'")
+TO_QUOTE: Final = re.compile(r"[\s=\"']|^$")
 
 
 def printable(value: bytes | str) -> str:
@@ -103,30 +105,27 @@ class LineWriter:
         self._retry = loop.call_later(RETRY_SECONDS, self.flush)
 
 
-def render_text(_logger: object, _method: str, fields: MutableMapping[str, Any]) -> str:
+def render_text(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
     """One line for people: time, level, what happened, then `key=value`s, quoted where they hold a space."""
-    head = f"{fields.pop('timestamp')} {fields.pop('level'):7} {fields.pop('event')}"
-    return " ".join([head, *(f"{name}={_quoted(str(value))}" for name, value in fields.items())])
+    line = f"{datetime.datetime.now().isoformat()} {level:7} {fields.pop('event')}"
+    for name, value in fields.items():
+        text = str(value)
+        line += f" {name}={json.dumps(text, ensure_ascii=False) if TO_QUOTE.search(text) else text}"
+    return line
 
 
-def _quoted(text: str) -> str:
-    return text if text and not set(text) & QUOTED_FOR else json.dumps(text, ensure_ascii=False)
-
-
-def render_json(_logger: object, _method: str, fields: MutableMapping[str, Any]) -> str:
-    """One JSON object."""
-    return msgspec.json.encode(fields).decode()
+def render_json(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
+    """One JSON object; the time is UTC."""
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    return msgspec.json.encode({"timestamp": now, "level": level, **fields}).decode()
 
 
 def make_logger(log_format: str, level: str, descriptor: int = STDERR) -> Any:
     """A structlog logger that writes to a descriptor, as `text` or `json`."""
     return structlog.wrap_logger(
         LineWriter(descriptor),
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=log_format == "json"),
-            render_json if log_format == "json" else render_text,
-        ],
+        # One step: the level's name and the time are put in where the line is made.
+        processors=[render_json if log_format == "json" else render_text],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )

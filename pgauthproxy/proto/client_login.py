@@ -1,8 +1,9 @@
 """The login of a client, the gateway being the server (PostgreSQL manual, "Message Flow", Start-up)."""
 
 import re
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from pgauthproxy import _wire
 from pgauthproxy.errors import PROTOCOL_VIOLATION, ClientFault, FrameError, wrong_password
@@ -15,8 +16,7 @@ NO_SALT: Final = bytes(4)
 MD5_ANSWER: Final = re.compile(rb"md5[0-9a-f]{32}")
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
+class Proof(msgspec.Struct, frozen=True):
     """What a client answered: a password as typed, or (`salt` not zero) an MD5 answer to that salt."""
 
     method: str

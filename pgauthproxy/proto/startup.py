@@ -3,8 +3,9 @@
 The packet has a parser of its own: it has no type byte, it comes first, and all that it says is a claim of a stranger.
 """
 
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from pgauthproxy import _wire
 from pgauthproxy.errors import (
@@ -22,15 +23,13 @@ RESERVED_PREFIXES: Final = (b"_SOURCE_", b"_META_")
 PROTOCOL_OPTION_PREFIX: Final = b"_pq_."
 
 
-@dataclass(frozen=True, slots=True)
-class StartupMessage:
+class StartupMessage(msgspec.Struct, frozen=True):
     """What a client wants. Options of the protocol itself (`_pq_.`) are answered here and are no parameters."""
 
     parameters: Parameters
 
 
-@dataclass(frozen=True, slots=True)
-class CancelRequest:
+class CancelRequest(msgspec.Struct, frozen=True):
     """The key of the session to cancel: process ID and secret, as sent."""
 
     key: bytes

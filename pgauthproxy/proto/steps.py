@@ -6,9 +6,10 @@ hold up others (answer: the salted password). It returns what the login found ou
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeVar
+
+import msgspec
 
 from pgauthproxy import _wire
 from pgauthproxy.secret import Secret
@@ -23,8 +24,7 @@ class More(Enum):
 MORE: Final = More.MORE
 
 
-@dataclass(frozen=True, slots=True)
-class DeriveKey:
+class DeriveKey(msgspec.Struct, frozen=True):
     """PBKDF2-HMAC-SHA-256 of a password (RFC 5802's Hi), one block."""
 
     password: Secret

@@ -19,7 +19,7 @@ from pgauthproxy.errors import (
     TargetFault,
 )
 from pgauthproxy.proto import messages, scram
-from pgauthproxy.proto.steps import DeriveKey, Login, next_message
+from pgauthproxy.proto.steps import MORE, DeriveKey, Login, next_message
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Greeting, Mapping
 
@@ -129,7 +129,9 @@ class _Exchange:
         key = b""
         collected = 0
         while True:
-            kind, body = yield from next_message(self._framer)
+            while (message := self._framer.message()) is None:
+                yield MORE
+            kind, body = message
             if kind == messages.ERROR_RESPONSE:
                 raise self._refused(body)
             collected += len(body) + 5

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
-from pgauthproxy import __version__
 from pgauthproxy.config import reference, schema
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +16,7 @@ def test_the_reference_of_settings_is_made_from_the_schema() -> None:
 
 
 def test_the_changelog_knows_this_version() -> None:
-    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{version('pgauthproxy')}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:
