@@ -16,6 +16,7 @@ test: $(VENV)/test.stamp
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	PATH="$(VENV)/bin:$$PATH" cython-lint pgauthproxy
 

@@ -16,7 +16,7 @@ An end must never write into the middle of a message of its own accord. `at_mess
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
 from libc.string cimport memcmp, memcpy, memmove
 
 
@@ -114,7 +114,7 @@ cdef class End:
 
     @property
     def data_received(self):
-        """None. A transport of uvloop keeps the last protocol's method, and the protocol with it, unless the next has one."""
+        """None. uvloop's transports keep the last protocol's method, and so that protocol, unless the next has one."""
         return None
 
     def get_buffer(self, Py_ssize_t size_hint):
@@ -145,6 +145,9 @@ cdef class End:
         if self.faces_target:
             self._session.target_finished()
             return False
+        if self._broken:
+            # No half-close: the send that failed took the reset, so that the read says end of file.
+            return False
         if self._peer is not None and not self._peer._broken:
             self._peer.transport.write_eof()
         return True
@@ -160,6 +163,8 @@ cdef class End:
             self._peer.transport.resume_reading()
 
     def connection_lost(self, error):
+        if error is None and self._broken:
+            error = ConnectionResetError(ECONNRESET, "connection reset by peer")
         cdef End peer = self._peer
         session = self._session
         self._session = None

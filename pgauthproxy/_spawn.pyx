@@ -470,7 +470,7 @@ cdef class Run:
         return self._job.err.dropped
 
     def stop(self):
-        """Ends the run, or takes it out of the queue; it is collected as any other. No waiting, no harm in a second call."""
+        """Ends the run, or takes it out of the queue; it is collected as any other. Does not wait; may be repeated."""
         if self._shared is NULL:
             return
         pthread_mutex_lock(&self._shared.lock)

@@ -63,8 +63,6 @@ class GatewayFault(Fault):
     """The gateway cannot serve: it is full, or shutting down."""
 
 
-def wrong_password(user: bytes, detail: str | None = None) -> ClientFault:
-    """28P01 in PostgreSQL's own words, the same for an unknown user as for a wrong password."""
-    return ClientFault(
-        INVALID_PASSWORD, b'password authentication failed for user "' + user + b'"', detail or "wrong password"
-    )
+def wrong_password(user: bytes, detail: str, told: bytes | None = None) -> ClientFault:
+    """28P01 in PostgreSQL's own words (or those of `told`), the same for an unknown user as for a wrong password."""
+    return ClientFault(INVALID_PASSWORD, told or b'password authentication failed for user "' + user + b'"', detail)

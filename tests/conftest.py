@@ -108,7 +108,9 @@ def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
     """
     started: list[Gateway] = []
 
-    def start(cmd: Any, *, before: list[str] | None = None, environment: dict[str, str] | None = None, **settings: Any) -> Gateway:
+    def start(
+        cmd: Any, *, before: list[str] | None = None, environment: dict[str, str] | None = None, **settings: Any
+    ) -> Gateway:
         number = len(started)
         authenticator = {"cmd": cmd if isinstance(cmd, list) else [str(cmd)], **settings.pop("authenticator", {})}
         content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": authenticator, **settings}
@@ -117,7 +119,9 @@ def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
         log = tmp_path / f"gateway{number}.log"
         command = [sys.executable, "-m", "pgauthproxy", "--config", str(config), "--log-format", "json"]
         with log.open("wb") as output:
-            process = subprocess.Popen([*(before or []), *command], stderr=output, stdin=subprocess.DEVNULL, env=environment, cwd=tmp_path)
+            process = subprocess.Popen(
+                [*(before or []), *command], stderr=output, stdin=subprocess.DEVNULL, env=environment, cwd=tmp_path
+            )
         gateway = Gateway(process, log)
         started.append(gateway)
         address = gateway.wait_for("listening")["address"]

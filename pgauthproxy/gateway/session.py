@@ -196,10 +196,7 @@ class Session:
         try:
             mapping = await self._gateway.authenticator.ask(question)
         except Denied as denied:
-            fault = wrong_password(started.user, denied.reason)
-            if denied.told is not None:
-                fault.told = denied.told
-            raise fault from None
+            raise wrong_password(started.user, denied.reason, denied.told) from None
         return Granted(started, mapping, time.monotonic() - asked)
 
     async def _cancel(self, client: ClientLeg, request: CancelRequest, accepted: Accepted) -> None:

@@ -84,9 +84,7 @@ def either_gateway(
 
 
 @pytest.fixture(scope="module")
-def shared_gateway(
-    tmp_path_factory: pytest.TempPathFactory, postgres: ThrowawayPostgres
-) -> Iterator[Gateway]:
+def shared_gateway(tmp_path_factory: pytest.TempPathFactory, postgres: ThrowawayPostgres) -> Iterator[Gateway]:
     """A gateway before `postgres`, shared by the tests of a file."""
     folder = tmp_path_factory.mktemp("gateway")
     with running_gateway(folder, write_mapped(folder / "authenticator", postgres.port)) as gateway:

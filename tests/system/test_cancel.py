@@ -108,9 +108,7 @@ def test_the_right_key_cancels_and_the_session_goes_on(shared_gateway: Gateway, 
         assert (b"D", b"\0\x01\0\0\0\x011") in client.read_until(b"Z")
 
 
-def test_the_target_gets_its_own_key_on_a_connection_of_its_own(
-    scripted_gateway: Gateway, cancels: Cancels
-) -> None:
+def test_the_target_gets_its_own_key_on_a_connection_of_its_own(scripted_gateway: Gateway, cancels: Cancels) -> None:
     with RawClient(scripted_gateway.port) as client:
         key = key_of(client.log_in())
         assert send_cancel(scripted_gateway, key) == b""
@@ -202,9 +200,7 @@ def test_any_other_key_is_dropped_silently_and_nobody_is_contacted(
 
 
 @pytest.mark.parametrize("length", [0, 7, 10_001, 2**31 - 1, -1])
-def test_a_cancel_packet_of_a_forbidden_length_is_closed_silently(
-    shared_gateway: Gateway, length: int
-) -> None:
+def test_a_cancel_packet_of_a_forbidden_length_is_closed_silently(shared_gateway: Gateway, length: int) -> None:
     with RawClient(shared_gateway.port) as client:
         client.send(struct.pack("!ii", length, CANCEL_REQUEST) + bytes(8))
         assert client.read_to_end() == b""

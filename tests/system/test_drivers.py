@@ -86,9 +86,7 @@ def test_psycopg_reads_and_writes_binary_values(psycopg_session: psycopg.Connect
 
 
 def test_psycopg_runs_a_prepared_statement_many_times(psycopg_session: psycopg.Connection[Any]) -> None:
-    seen = [
-        psycopg_session.execute("select %s + 1", [number], prepare=True).fetchone() for number in range(50)
-    ]
+    seen = [psycopg_session.execute("select %s + 1", [number], prepare=True).fetchone() for number in range(50)]
     assert seen == [(number + 1,) for number in range(50)]
     assert psycopg_session.execute("select count(*) from pg_prepared_statements").fetchone() == (1,)
 
@@ -322,9 +320,7 @@ def test_asyncpg_hears_what_another_session_notifies(with_asyncpg: Asyncpg, eith
     async def work(session: asyncpg.Connection) -> None:
         channel = fresh("channel")
         heard: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        await session.add_listener(
-            channel, lambda _session, _pid, _channel, payload: heard.set_result(payload)
-        )
+        await session.add_listener(channel, lambda _session, _pid, _channel, payload: heard.set_result(payload))
         other = await asyncpg_connect(either_gateway)
         try:
             await other.execute("select pg_notify($1, 'hello')", channel)
@@ -430,9 +426,7 @@ def test_pg8000_runs_a_prepared_statement_many_times(either_gateway: Gateway) ->
         "alice", host="127.0.0.1", port=either_gateway.port, password=PASSWORD, database="postgres"
     ) as session:
         statement = session.prepare("select cast(:number as int) + 1")
-        assert [statement.run(number=number) for number in range(50)] == [
-            [[number + 1]] for number in range(50)
-        ]
+        assert [statement.run(number=number) for number in range(50)] == [[[number + 1]] for number in range(50)]
         statement.close()
 
 
@@ -595,15 +589,11 @@ def test_psql_prepares_and_executes(psql: Programs) -> None:
 def test_psql_copies_in_and_out(psql: Programs, table: str, tmp_path: Path) -> None:
     source, copied = tmp_path / "in", tmp_path / "out"
     source.write_text("".join(f"{number}\tname {number}\n" for number in range(ROWS)))
-    psql_says(
-        psql, f"\\copy {table} from '{source}'\n\\copy (select * from {table} order by id) to '{copied}'"
-    )
+    psql_says(psql, f"\\copy {table} from '{source}'\n\\copy (select * from {table} order by id) to '{copied}'")
     assert copied.read_bytes() == source.read_bytes()
 
 
-def test_psql_interrupted_at_a_terminal_cancels_its_query_and_goes_on(
-    psql: Programs, backends: Backends
-) -> None:
+def test_psql_interrupted_at_a_terminal_cancels_its_query_and_goes_on(psql: Programs, backends: Backends) -> None:
     name = fresh("psql")
     terminal, its_terminal = os.openpty()
     process = subprocess.Popen(

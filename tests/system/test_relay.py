@@ -112,14 +112,10 @@ def test_a_client_that_closes_its_sending_side_during_its_login_still_gets_its_a
         assert client.read_to_end() == b""
 
 
-def test_a_target_that_goes_closes_its_client_at_once(
-    shared_gateway: Gateway, postgres: ThrowawayPostgres
-) -> None:
+def test_a_target_that_goes_closes_its_client_at_once(shared_gateway: Gateway, postgres: ThrowawayPostgres) -> None:
     with RawClient(shared_gateway.port) as client:
         client.log_in(application_name="to be ended")
-        postgres.sql(
-            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'to be ended'"
-        )
+        postgres.sql("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'to be ended'")
         began = time.monotonic()
         error = client.read_error()
         assert time.monotonic() - began < AT_ONCE_SECONDS
@@ -128,9 +124,7 @@ def test_a_target_that_goes_closes_its_client_at_once(
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_target_whose_connection_breaks_closes_its_client_at_once(
-    mapped_to: MappedTo, *, reset: bool
-) -> None:
+def test_a_target_whose_connection_breaks_closes_its_client_at_once(mapped_to: MappedTo, *, reset: bool) -> None:
     now = threading.Event()
 
     def script(connection: socket.socket) -> None:
@@ -197,6 +191,16 @@ def test_a_client_that_goes_in_the_middle_of_an_answer_closes_its_target_at_once
         wait_until(lambda: closed, "the target's connection to close")
         gateway.wait_for("session ended")
     assert closed[0] - left < AT_ONCE_SECONDS
+
+
+def test_clients_that_abort_in_an_answer_leave_no_session_behind(gateway: Gateway) -> None:
+    for _ in range(20):
+        with RawClient(gateway.port) as client:
+            client.log_in()
+            client.send(query("select repeat('x', 1000) from generate_series(1, 1000)"))
+            client.read(1000)
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+    wait_until(lambda: len(gateway.log_lines("session ended")) == 20, "20 sessions to end")
 
 
 def test_what_the_target_said_last_arrives_before_the_connection_closes(mapped_to: MappedTo) -> None:
@@ -322,9 +326,7 @@ def slot(postgres: ThrowawayPostgres) -> Iterator[str]:
     """The name of a replication slot that a test makes; it is dropped afterwards."""
     name = f"slot_{uuid.uuid4().hex[:12]}"
     yield name
-    postgres.sql(
-        f"select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = '{name}'"
-    )
+    postgres.sql(f"select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = '{name}'")
 
 
 def test_logical_replication_streams_changes(
@@ -332,9 +334,7 @@ def test_logical_replication_streams_changes(
 ) -> None:
     streamed = tmp_path / "changes"
     common = ["-d", "postgres", "--slot", slot]
-    program(
-        postgres.binaries, shared_gateway, "pg_recvlogical", *common, "--create-slot", "-P", "test_decoding"
-    )
+    program(postgres.binaries, shared_gateway, "pg_recvlogical", *common, "--create-slot", "-P", "test_decoding")
     postgres.sql(f"create table {slot} (id int, name text); insert into {slot} values (1, 'streamed')")
     end = postgres.sql("select pg_current_wal_insert_lsn()")
     program(
@@ -435,9 +435,7 @@ def test_a_notification_arrives_without_any_traffic_of_the_client(
     channel = f"channel_{uuid.uuid4().hex[:12]}"
     with (
         RawClient(shared_gateway.port) as client,
-        psycopg.connect(
-            host=str(postgres.folder), port=postgres.port, user="postgres", autocommit=True
-        ) as notifier,
+        psycopg.connect(host=str(postgres.folder), port=postgres.port, user="postgres", autocommit=True) as notifier,
     ):
         client.log_in()
         client.send(query(f"listen {channel}"))
@@ -493,9 +491,7 @@ def test_a_notice_of_a_running_query_arrives_before_the_query_goes_on(
     lock = random.SystemRandom().getrandbits(31)
     with (
         RawClient(shared_gateway.port) as client,
-        psycopg.connect(
-            host=str(postgres.folder), port=postgres.port, user="postgres", autocommit=True
-        ) as holder,
+        psycopg.connect(host=str(postgres.folder), port=postgres.port, user="postgres", autocommit=True) as holder,
     ):
         client.log_in()
         holder.execute("select pg_advisory_lock(%s)", [lock])
@@ -610,7 +606,5 @@ def test_keepalive_is_on_at_both_sides(mapped_to: MappedTo, postgres: ThrowawayP
 def timer(port: int, peer: int) -> str:
     """The timer that runs for a connection of loopback, as ss shows it."""
     select = ["src", f"127.0.0.1:{port}", "dst", f"127.0.0.1:{peer}"]
-    done = subprocess.run(
-        ["ss", "-tnHo", *select], capture_output=True, text=True, timeout=SECONDS, check=True
-    )
+    done = subprocess.run(["ss", "-tnHo", *select], capture_output=True, text=True, timeout=SECONDS, check=True)
     return done.stdout.partition("timer:")[2]

@@ -44,9 +44,7 @@ WAYS_IN = [
     pytest.param("scrammed", {"_META_TARGET_PASSWORD": "scram secret"}, id="scram, password"),
     pytest.param("umlaut", {"_META_TARGET_CRED": UMLAUT}, id="scram, to be prepared"),
     pytest.param("umlaut", {"_META_TARGET_PASSWORD": "ix \u0308\u00c1 x"}, id="scram, prepared"),
-    pytest.param(
-        "scrammed", {"_META_TARGET_CRED": "wrong", "_META_TARGET_PASSWORD": "scram secret"}, id="scram, both"
-    ),
+    pytest.param("scrammed", {"_META_TARGET_CRED": "wrong", "_META_TARGET_PASSWORD": "scram secret"}, id="scram, both"),
 ]
 WAYS_NOT_IN = [
     pytest.param("clear", {"_META_TARGET_CRED": "the wrong one"}, id="cleartext"),
@@ -172,9 +170,7 @@ def test_a_credential_that_does_not_fit_is_none_of_the_clients_business(
         assert secret not in told
 
 
-def test_the_true_reason_of_a_refusal_is_in_the_log(
-    answering: Answering, postgres: ThrowawayPostgres
-) -> None:
+def test_the_true_reason_of_a_refusal_is_in_the_log(answering: Answering, postgres: ThrowawayPostgres) -> None:
     _, reason = answering.refused(at(postgres, "scrammed", _META_TARGET_CRED="the wrong one"))
     assert 'password authentication failed for user "scrammed"' in reason
     _, reason = answering.refused(at(postgres, "scrammed", _META_TARGET_CRED=HASH))
@@ -185,9 +181,7 @@ def test_the_true_reason_of_a_refusal_is_in_the_log(
 def lookalike(postgres: ThrowawayPostgres) -> Iterator[tuple[str, str]]:
     """A role whose password looks like an MD5 credential, and that password."""
     role, secret = f"role_{uuid.uuid4().hex[:12]}", "md5" + "fedcba9876543210" * 2
-    with psycopg.connect(
-        host=str(postgres.folder), port=postgres.port, user="postgres", autocommit=True
-    ) as session:
+    with psycopg.connect(host=str(postgres.folder), port=postgres.port, user="postgres", autocommit=True) as session:
         verifier = session.pgconn.encrypt_password(secret.encode(), role.encode(), b"scram-sha-256").decode()
         session.execute(f"create role {role} login password '{verifier}'")
         yield role, secret
@@ -208,9 +202,7 @@ def test_many_logins_by_scram_all_succeed(answering: Answering, postgres: Throwa
     assert {answering.asked(lines, "select current_user") for _ in range(10)} == {"scrammed"}
 
 
-def test_a_cached_key_does_not_let_a_wrong_password_in(
-    answering: Answering, postgres: ThrowawayPostgres
-) -> None:
+def test_a_cached_key_does_not_let_a_wrong_password_in(answering: Answering, postgres: ThrowawayPostgres) -> None:
     right = at(postgres, "scrammed", _META_TARGET_CRED="scram secret")
     assert answering.asked(right, "select current_user") == "scrammed"
     error, _ = answering.refused(right | {"_META_TARGET_CRED": "scram secret2"})
@@ -262,9 +254,7 @@ def families(name: str) -> set[str]:
     return set()
 
 
-needs_both = pytest.mark.skipif(
-    len(families("localhost")) < 2, reason="localhost is not ::1 too on this machine"
-)
+needs_both = pytest.mark.skipif(len(families("localhost")) < 2, reason="localhost is not ::1 too on this machine")
 
 
 @needs_ipv6
@@ -287,9 +277,7 @@ async def attached_at(host: Address) -> Address:
     """Where a login at a host ends up, without a process round it."""
     started = Started(Accepted("1", "127.0.0.1:1"), ((b"user", b"alice"),))
     granted = Granted(started, Mapping((host,), ((b"user", b"x"),), None), 0.0)
-    policy = TargetPolicy(
-        5.0, 15.0, False, TargetLimits(2000, 30000, 65536, 100_000), TcpOptions(60, 10, 6, 0.0)
-    )
+    policy = TargetPolicy(5.0, 15.0, False, TargetLimits(2000, 30000, 65536, 100_000), TcpOptions(60, 10, 6, 0.0))
     attached, leg = await attach(granted, policy, SaltedKeys().derive)
     leg.abort()
     await asyncio.sleep(0)
@@ -375,9 +363,7 @@ def test_a_host_that_is_starting_up_is_passed_over(answering: Answering, postgre
         assert answering.asked(lines, "select inet_server_port()") == str(postgres.port)
 
 
-def test_a_host_that_refuses_the_role_ends_the_list(
-    answering: Answering, postgres: ThrowawayPostgres
-) -> None:
+def test_a_host_that_refuses_the_role_ends_the_list(answering: Answering, postgres: ThrowawayPostgres) -> None:
     with ScriptedTarget(refusing(b"28P01")) as first:
         hosts = f"127.0.0.1:{first.port},127.0.0.1:{postgres.port}"
         error, _ = answering.refused(at(postgres) | {"_META_TARGET_HOST": hosts})
@@ -385,9 +371,7 @@ def test_a_host_that_refuses_the_role_ends_the_list(
     assert "its own words" not in error["M"]
 
 
-def test_a_list_of_which_nobody_answers_is_told_without_addresses(
-    answering: Answering, dead_port: int
-) -> None:
+def test_a_list_of_which_nobody_answers_is_told_without_addresses(answering: Answering, dead_port: int) -> None:
     hosts = f"127.0.0.1:{dead_port},/no/such/folder,no-such-host.invalid:1"
     error, reason = answering.refused({"_META_TARGET_HOST": hosts, "user": "x"})
     assert (error["S"], error["C"]) == ("FATAL", "08001")
@@ -403,9 +387,7 @@ def test_the_mapping_chooses_the_database(answering: Answering, postgres: Throwa
     assert answering.asked(at(postgres, database="other"), "select current_database()") == "other"
 
 
-def test_without_a_database_the_target_takes_the_roles_own(
-    answering: Answering, postgres: ThrowawayPostgres
-) -> None:
+def test_without_a_database_the_target_takes_the_roles_own(answering: Answering, postgres: ThrowawayPostgres) -> None:
     lines = {"_META_TARGET_HOST": f"127.0.0.1:{postgres.port}", "user": "postgres"}
     assert answering.asked(lines, "select current_database()") == "postgres"
 
@@ -434,9 +416,7 @@ def test_the_clients_application_name_passes_through(shared_gateway: Gateway) ->
         assert (b"D", b"\0\x02\0\0\0\x04mine\0\0\0\x061234kB") in client.read_until(b"Z")
 
 
-def test_an_unknown_database_is_told_in_neutral_words(
-    answering: Answering, postgres: ThrowawayPostgres
-) -> None:
+def test_an_unknown_database_is_told_in_neutral_words(answering: Answering, postgres: ThrowawayPostgres) -> None:
     error, reason = answering.refused(at(postgres, database="nowhere"))
     assert (error["S"], error["C"]) == ("FATAL", "3D000")
     assert "nowhere" not in error["M"]
@@ -454,9 +434,7 @@ def test_an_unknown_database_is_told_in_the_targets_words_if_that_is_wanted(
         assert "scrammed" not in error["M"]
 
 
-def test_a_bad_startup_parameter_keeps_the_targets_sqlstate(
-    answering: Answering, postgres: ThrowawayPostgres
-) -> None:
+def test_a_bad_startup_parameter_keeps_the_targets_sqlstate(answering: Answering, postgres: ThrowawayPostgres) -> None:
     error, reason = answering.refused(at(postgres, no_such_setting="1"))
     assert error["C"] == "42704"
     assert "no_such_setting" in reason
