@@ -36,7 +36,11 @@ class ScramError(ValueError):
 
 
 def saslprep(password: bytes) -> bytes:
-    """The password as it enters the key derivation. Never fails: what RFC 4013 forbids is returned as it came."""
+    """The password as it enters the key derivation. Never fails: what RFC 4013 forbids is returned as it came.
+
+    Strategy: as PostgreSQL's pg_saslprep, where that differs from the RFC: what a server stored must be found again.
+    Spaces are mapped before anything is dropped, and it is the text before normalization that is judged.
+    """
     if password.isascii():
         return password
     try:
@@ -44,17 +48,18 @@ def saslprep(password: bytes) -> bytes:
     except UnicodeDecodeError:
         return password
     mapped = "".join(
-        " " if stringprep.in_table_c12(char) else char for char in text if not stringprep.in_table_b1(char)
+        " " if stringprep.in_table_c12(char) else char
+        for char in text
+        if stringprep.in_table_c12(char) or not stringprep.in_table_b1(char)
     )
-    prepared = unicodedata.ucd_3_2_0.normalize("NFKC", mapped)
-    if not prepared or any(prohibited(char) for char in prepared for prohibited in _PROHIBITED):
+    if not mapped or any(prohibited(char) for char in mapped for prohibited in _PROHIBITED):
         return password
-    if any(map(stringprep.in_table_d1, prepared)) and (
-        any(map(stringprep.in_table_d2, prepared))
-        or not (stringprep.in_table_d1(prepared[0]) and stringprep.in_table_d1(prepared[-1]))
+    if any(map(stringprep.in_table_d1, mapped)) and (
+        any(map(stringprep.in_table_d2, mapped))
+        or not (stringprep.in_table_d1(mapped[0]) and stringprep.in_table_d1(mapped[-1]))
     ):
         return password
-    return prepared.encode()
+    return unicodedata.normalize("NFKC", mapped).encode()
 
 
 def salted_password(password: bytes, salt: bytes, iterations: int) -> bytes:
