@@ -1,0 +1,283 @@
+"""The lines of the authenticator contract: what is written, what is read, and what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pgauthproxy.auth import fields
+from pgauthproxy.auth.fields import NonsenseError
+from pgauthproxy.auth.model import Question
+from pgauthproxy.secret import Secret
+from pgauthproxy.stages import Accepted, Address, Mapping, Parameters, Started
+
+MAX_LINES = 8
+MD5 = b"md5" + b"0123456789abcdef" * 2
+HOST_LINE = b"_META_TARGET_HOST=db:5432\n"
+ANSWER = HOST_LINE + b"user=reader\n"
+
+
+def question(parameters: Parameters = ((b"user", b"alice"),), **changes: object) -> Question:
+    values = {"method": "md5", "credential": Secret(MD5), "salt": b"\x01\xab\x00\xff"} | changes
+    return Question(Started(Accepted("2a", "192.0.2.1:50000"), parameters), **values)  # type: ignore[arg-type]
+
+
+def test_a_question_is_the_parameters_in_order_and_then_our_own_fields() -> None:
+    parameters = ((b"user", b"alice"), (b"database", b"shop"), (b"application_name", b"psql = the best"))
+    assert fields.encode_question(question(parameters)) == (
+        b"user=alice\n"
+        b"database=shop\n"
+        b"application_name=psql = the best\n"
+        b"_SOURCE_ADDR=192.0.2.1:50000\n"
+        b"_SOURCE_METHOD=md5\n"
+        b"_SOURCE_SESSION=2a\n"
+        b"_SOURCE_CRED=" + MD5 + b"\n"
+        b"_SOURCE_SALT=01ab00ff\n"
+    )
+
+
+def test_the_salt_of_cleartext_mode_is_eight_zeros() -> None:
+    asked = question(method="cleartext", credential=Secret(b"p=q"), salt=bytes(4))
+    assert b"_SOURCE_METHOD=cleartext\n" in fields.encode_question(asked)
+    assert fields.encode_question(asked).endswith(b"_SOURCE_CRED=p=q\n_SOURCE_SALT=00000000\n")
+
+
+def test_values_pass_unchanged_whatever_their_encoding() -> None:
+    value = bytes(byte for byte in range(1, 256) if byte not in b"\r\n")
+    assert fields.encode_question(question(((b"user", value),))).startswith(b"user=" + value + b"\n")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        question(((b"user", b"alice\nuser=mallory"),)),
+        question(((b"user\n", b"alice"),)),
+        question(credential=Secret(b"pass\nword")),
+    ],
+)
+def test_a_line_break_that_got_so_far_is_an_error_that_does_not_show_it(asked: Question) -> None:
+    with pytest.raises(ValueError, match=r"^a line break in a field of the authenticator's input$"):
+        fields.encode_question(asked)
+
+
+@pytest.mark.parametrize(
+    ("output", "pairs"),
+    [
+        (b"", []),
+        (b"\n\n", []),
+        (b"a=b", [(b"a", b"b")]),
+        (b"a=b\n", [(b"a", b"b")]),
+        (b"a=b\r\n", [(b"a", b"b")]),
+        (b"a=b\r\r\n", [(b"a", b"b\r")]),
+        (b"a=b\rc=d\n", [(b"a", b"b\rc=d")]),
+        (b"a=\n", [(b"a", b"")]),
+        (b"a=b=c=\n", [(b"a", b"b=c=")]),
+        (b" a = b \n", [(b" a ", b" b ")]),
+        (b"=b\n", [(b"", b"b")]),
+        (b"nothing to see here\na=b\n", [(b"a", b"b")]),
+        (b"a=1\nb=2\na=3\n", [(b"b", b"2"), (b"a", b"3")]),
+        (b"a=\xff\xfe\x0b\x0c\x1c\x85\xe2\x80\xa8b\n", [(b"a", b"\xff\xfe\x0b\x0c\x1c\x85\xe2\x80\xa8b")]),
+    ],
+)
+def test_lines_end_at_lf_and_split_at_their_first_equals_sign(output: bytes, pairs: list[tuple[bytes, bytes]]) -> None:
+    assert list(fields.split_lines(output, MAX_LINES).items()) == pairs
+
+
+def test_as_many_lines_as_allowed_and_not_one_more() -> None:
+    lines = [b"%d=x" % number for number in range(MAX_LINES)]
+    assert len(fields.split_lines(b"\n".join(lines), MAX_LINES)) == MAX_LINES
+    assert len(fields.split_lines(b"\n".join(lines) + b"\n", MAX_LINES)) == MAX_LINES
+    for output in (b"\n".join(lines) + b"\n\n", b"\n".join(lines) + b"\nx", b"\n" * (MAX_LINES + 1)):
+        with pytest.raises(NonsenseError, match=f"^over {MAX_LINES} lines of output$"):
+            fields.split_lines(output, MAX_LINES)
+
+
+def test_a_nul_anywhere_is_nonsense() -> None:
+    for output in (b"\0", b"a=\0", b"no pair\0\na=b\n"):
+        with pytest.raises(NonsenseError, match=r"^a NUL in the output$"):
+            fields.split_lines(output, MAX_LINES)
+
+
+def test_all_that_is_not_the_gateways_goes_to_the_target_in_order() -> None:
+    output = ANSWER + b"database=shop\noptions=-c a=b\nX_META_=1\n_meta_x=2\n_source_y=3\n"
+    assert fields.decode_mapping(output, MAX_LINES) == Mapping(
+        hosts=(Address("db", 5432),),
+        parameters=(
+            (b"user", b"reader"),
+            (b"database", b"shop"),
+            (b"options", b"-c a=b"),
+            (b"X_META_", b"1"),
+            (b"_meta_x", b"2"),
+            (b"_source_y", b"3"),
+        ),
+        credential=None,
+    )
+
+
+def test_what_was_echoed_and_what_is_not_known_is_dropped() -> None:
+    output = ANSWER + b"_SOURCE_CRED=x\n_SOURCE_=x\n_META_UNHEARD_OF=x\n_META_=x\n_META_ERROR=x\n"
+    assert fields.decode_mapping(output, MAX_LINES).parameters == ((b"user", b"reader"),)
+
+
+@pytest.mark.parametrize(
+    ("lines", "credential", "is_md5"),
+    [
+        (b"", None, False),
+        (b"_META_TARGET_CRED=\n", None, False),
+        (b"_META_TARGET_CRED=" + MD5, MD5, True),
+        (b"_META_TARGET_CRED=" + MD5 + b"\r\n", MD5, True),
+        (b"_META_TARGET_CRED=secret", b"secret", False),
+        (b"_META_TARGET_CRED=" + MD5.upper(), MD5.upper(), False),
+        (b"_META_TARGET_CRED=" + MD5[:-1], MD5[:-1], False),
+        (b"_META_TARGET_CRED=" + MD5 + b"0", MD5 + b"0", False),
+        (b"_META_TARGET_CRED= " + MD5, b" " + MD5, False),
+        (b"_META_TARGET_PASSWORD=" + MD5, MD5, False),
+        (b"_META_TARGET_PASSWORD=", b"", False),
+        (b"_META_TARGET_CRED=" + MD5 + b"\n_META_TARGET_PASSWORD=secret", b"secret", False),
+        (b"_META_TARGET_CRED=\xff\xfe", b"\xff\xfe", False),
+    ],
+)
+def test_a_credential_is_a_hash_if_it_looks_like_one_and_is_not_called_a_password(
+    lines: bytes, credential: bytes | None, is_md5: bool
+) -> None:
+    mapping = fields.decode_mapping(ANSWER + lines, MAX_LINES)
+    assert mapping.credential == (None if credential is None else Secret(credential))
+    assert mapping.credential_is_md5 is is_md5
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        (b"", "no user for the target"),
+        (HOST_LINE, "no user for the target"),
+        (HOST_LINE + b"user=\n", "no user for the target"),
+        (HOST_LINE + b"User=x\n", "no user for the target"),
+        (b"user=x\n", "no _META_TARGET_HOST"),
+        (b"user=x\n_META_TARGET_HOST=\n", "no _META_TARGET_HOST"),
+        (b"user=x\n_meta_target_host=db\n", "no _META_TARGET_HOST"),
+        (ANSWER + b"=x\n", "a line without a name before its ="),
+        (ANSWER + b"database=\0\n", "a NUL in the output"),
+        (ANSWER + b"x\n" * MAX_LINES, f"over {MAX_LINES} lines of output"),
+    ],
+)
+def test_an_answer_of_which_no_session_can_be_made_is_nonsense(output: bytes, says: str) -> None:
+    with pytest.raises(NonsenseError, match=f"^{re.escape(says)}$"):
+        fields.decode_mapping(output, MAX_LINES)
+
+
+@pytest.mark.parametrize("mode", [b"", b"disable", b"prefer", b"allow"])
+def test_a_mode_that_may_go_without_tls_goes_without(mode: bytes) -> None:
+    assert fields.decode_mapping(ANSWER + b"_META_TARGET_TLS=" + mode, MAX_LINES).user == b"reader"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"_META_TARGET_TLS=" + mode for mode in (b"require", b"verify-ca", b"verify-full", b"Disable", b"off", b" ")),
+        b"_META_TARGET_CA=/etc/ca.pem",
+        b"_META_TARGET_TLS=disable\n_META_TARGET_CA=/etc/ca.pem",
+    ],
+)
+def test_a_wish_for_tls_is_never_answered_with_plain_text(line: bytes) -> None:
+    with pytest.raises(NonsenseError, match="asks for TLS, which this version cannot do"):
+        fields.decode_mapping(ANSWER + line, MAX_LINES)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [(b"", None), (b"1", 1.0), (b"0.5", 0.5), (b"1e3", 1000.0)])
+def test_the_life_of_a_session_is_a_number_of_seconds(text: bytes, seconds: float | None) -> None:
+    output = ANSWER + b"_META_SESSION_SECONDS=" + text
+    assert fields.decode_mapping(output, MAX_LINES).session_seconds == seconds
+
+
+@pytest.mark.parametrize("text", [b"0", b"-1", b"nan", b"inf", b"-inf", b"1e9", b"1h", b"\xff", b"1,5", b"9" * 5000])
+def test_a_life_that_is_no_positive_number_is_nonsense_that_is_not_quoted(text: bytes) -> None:
+    with pytest.raises(NonsenseError, match=r"^_META_SESSION_SECONDS is no number of seconds$"):
+        fields.decode_mapping(ANSWER + b"_META_SESSION_SECONDS=" + text, MAX_LINES)
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        (b"", None),
+        (b"_META_ERROR=\n", None),
+        (b"_META_ERROR=come back on Monday\n", b"come back on Monday"),
+        (b"user=x\n_META_ERROR=a=b\r\n", b"a=b"),
+        (b"_META_ERROR=\xff\n", b"\xff"),
+        (b"_META_ERROR=x\n\0", None),
+        (b"\n" * MAX_LINES + b"_META_ERROR=x\n", None),
+    ],
+)
+def test_a_refusal_says_what_it_wants_if_it_can_be_read(output: bytes, told: bytes | None) -> None:
+    assert fields.decode_error(output, MAX_LINES) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        (b"db", [("db", 5432)]),
+        (b"db:", [("db", 5432)]),
+        (b"db:1", [("db", 1)]),
+        (b"db.example.com:65535", [("db.example.com", 65535)]),
+        (b"my_db-1:05433", [("my_db-1", 5433)]),
+        (b"192.0.2.1", [("192.0.2.1", 5432)]),
+        (b"192.0.2.1:6000", [("192.0.2.1", 6000)]),
+        (b"[::1]", [("::1", 5432)]),
+        (b"[::1]:", [("::1", 5432)]),
+        (b"[::1]:6000", [("::1", 6000)]),
+        (b"[fe80::1%eth0]:6000", [("fe80::1%eth0", 6000)]),
+        (b"::1", [("::1", 5432)]),
+        (b"2001:db8::5432", [("2001:db8::5432", 5432)]),
+        (b"/run/postgresql", [("/run/postgresql", 5432)]),
+        (b"/run/postgresql:6000", [("/run/postgresql", 6000)]),
+        (b"/tmp/with:colon:6000", [("/tmp/with:colon", 6000)]),
+        ("/tmp/mit Umläuten".encode(), [("/tmp/mit Umläuten", 5432)]),
+        (b"a:1,b:2", [("a", 1), ("b", 2)]),
+        (b"a , [::1]:2,\t/run:3", [("a", 5432), ("::1", 2), ("/run", 3)]),
+        (b"a,a", [("a", 5432), ("a", 5432)]),
+    ],
+)
+def test_a_host_takes_all_its_forms(text: bytes, hosts: list[tuple[str, int]]) -> None:
+    assert fields.parse_hosts(text) == tuple(Address(*host) for host in hosts)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"", "no _META_TARGET_HOST"),
+        (b":5432", "_META_TARGET_HOST names no host"),
+        (b"[]:5432", "_META_TARGET_HOST names no host"),
+        (b"a,", "_META_TARGET_HOST names no host"),
+        (b",a", "_META_TARGET_HOST names no host"),
+        (b"a,,b", "_META_TARGET_HOST names no host"),
+        (b" ", "_META_TARGET_HOST names no host"),
+        (b"a b", "_META_TARGET_HOST names no host"),
+        (b"user@db", "_META_TARGET_HOST names no host"),
+        (b"postgres://db", "_META_TARGET_HOST with a port that is no port"),
+        ("dä".encode(), "_META_TARGET_HOST names no host"),
+        (b"relative/folder", "_META_TARGET_HOST names no host"),
+        (b"[::1", "_META_TARGET_HOST with an unclosed bracket"),
+        (b"[::1]6000", "_META_TARGET_HOST with an unclosed bracket"),
+        (b"db:0", "_META_TARGET_HOST with a port that is no port"),
+        (b"db:65536", "_META_TARGET_HOST with a port that is no port"),
+        (b"db:-1", "_META_TARGET_HOST with a port that is no port"),
+        (b"db:+1", "_META_TARGET_HOST with a port that is no port"),
+        (b"db: 1", "_META_TARGET_HOST with a port that is no port"),
+        (b"db:1_0", "_META_TARGET_HOST with a port that is no port"),
+        (b"db:postgresql", "_META_TARGET_HOST with a port that is no port"),
+        ("db:\u0661".encode(), "_META_TARGET_HOST with a port that is no port"),
+        ("db:\u00b2".encode(), "_META_TARGET_HOST with a port that is no port"),
+        (b"db:" + b"1" * 5000, "_META_TARGET_HOST with a port that is no port"),
+        (b"[::1]:x", "_META_TARGET_HOST with a port that is no port"),
+        (b"/run:x", "_META_TARGET_HOST with a port that is no port"),
+        (b"/run:5432/x", "_META_TARGET_HOST with a port that is no port"),
+        (b"db\xff", "_META_TARGET_HOST is not UTF-8"),
+    ],
+)
+def test_a_host_that_is_none_is_nonsense_that_is_not_quoted(text: bytes, says: str) -> None:
+    with pytest.raises(NonsenseError, match=f"^{re.escape(says)}$"):
+        fields.parse_hosts(text)
+
+
+def test_sessions_to_one_target_share_its_address() -> None:
+    assert fields.parse_hosts(b"shared.example.com:1") is fields.parse_hosts(b"shared.example.com:1")
