@@ -14,6 +14,7 @@ ACCEPTS_AT_ONCE: Final = 64
 PAUSE_SECONDS: Final = 0.5
 OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 UNIX_PREFIX: Final = "unix:"
+MAX_PORT: Final = 65_535
 
 
 class ListenError(Exception):
@@ -43,6 +44,9 @@ def parse_listen(text: str) -> ListenAddress:
     matched = re.fullmatch(r"(?:\[([^\]]*)\]|([^:\[\]]*)):([^:]+)", text)
     if matched is None:
         raise ListenError(f"listen: {text}: an address is written host:port, :port or [v6]:port")
+    # The resolver would take it modulo 65536.
+    if matched[3].isdecimal() and int(matched[3]) > MAX_PORT:
+        raise ListenError(f"listen: {text}: a port is at most {MAX_PORT}")
     return ListenAddress(matched[1] or matched[2] or "", matched[3])
 
 
