@@ -88,7 +88,7 @@ def load(config: Path | None, flags: Mapping[str, object], environment: Mapping[
 def _read_file(file: Path) -> Iterator[tuple[str, object]]:
     """The pairs of a YAML file, whatever its name; paths in lower case."""
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"{file}: {error.strerror}"]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,0 +1,296 @@
+"""Settings: what beats what, how each is written, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import locale
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from pgauthproxy.config import load, schema
+from pgauthproxy.config.load import ConfigError, Loaded
+from pgauthproxy.config.schema import Settings
+
+Load = Callable[..., Loaded]
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> Load:
+    """Loads a file with this content, with these flags and this environment."""
+
+    def read(
+        content: str = "", flags: Mapping[str, object] | None = None, environment: Mapping[str, str] | None = None
+    ) -> Loaded:
+        file = tmp_path / "settings"
+        file.write_bytes(content.encode())
+        return load.load(file, flags or {}, environment or {})
+
+    return read
+
+
+@pytest.fixture
+def faults(loaded: Load, tmp_path: Path) -> Callable[..., list[str]]:
+    """The faults of such settings, without the file's name before them."""
+
+    def read(*arguments: object) -> list[str]:
+        with pytest.raises(ConfigError) as raised:
+            loaded(*arguments)
+        assert str(raised.value) == "\n".join(raised.value.faults)
+        return [re.sub(f"^(file )?{tmp_path}/settings: ", "", fault) for fault in raised.value.faults]
+
+    return read
+
+
+def value(settings: Settings, path: str) -> object:
+    found: object = settings
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def test_an_empty_file_means_the_defaults(loaded: Load) -> None:
+    settings = loaded()
+    for key in schema.all_keys():
+        assert value(settings.settings, key.path) == key.default
+    assert set(settings.origins.values()) == {"default"}
+    assert settings.warnings == ()
+
+
+def test_flag_beats_environment_beats_file_beats_default(loaded: Load, tmp_path: Path) -> None:
+    content, environment, flags = "max_clients: 1", {"PGPROXY_MAX_CLIENTS": "2"}, {"max_clients": "3"}
+    seen = [
+        (settings.settings.max_clients, settings.origins["max_clients"])
+        for settings in (
+            loaded(),
+            loaded(content),
+            loaded(content, {}, environment),
+            loaded(content, flags, environment),
+        )
+    ]
+    assert seen == [
+        (10_000, "default"),
+        (1, f"file {tmp_path}/settings"),
+        (2, "environment PGPROXY_MAX_CLIENTS"),
+        (3, "flag"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "authenticator: {cleartext_password: true}",
+        "Authenticator: {CLEARTEXT_Password: true}",
+        "AUTHENTICATOR:\n  Cleartext_password: yes",
+        "authenticator.cleartext_password: true",
+    ],
+)
+def test_keys_are_case_insensitive(loaded: Load, content: str) -> None:
+    assert loaded(content).settings.authenticator.cleartext_password is True
+
+
+@pytest.mark.parametrize("name", ["PGPROXY_CLEAR_PASSWD", "PGPROXY_AUTHENTICATOR_CLEARTEXT_PASSWORD"])
+@pytest.mark.parametrize(
+    ("text", "means"), [*((word, True) for word in load.TRUE_WORDS), *((word, False) for word in load.FALSE_WORDS)]
+)
+def test_a_bool_is_written_as_go_writes_it(loaded: Load, name: str, text: str, means: bool) -> None:
+    content = f"authenticator: {{cleartext_password: {str(not means).lower()}}}"
+    assert loaded(content, {}, {name: text}).settings.authenticator.cleartext_password is means
+    assert loaded(f"authenticator: {{cleartext_password: '{text}'}}").settings.authenticator.cleartext_password is means
+
+
+@pytest.mark.parametrize("text", ["yes", "on", "tRUE", "2", " 1", "y"])
+def test_another_word_is_no_bool(faults: Callable[..., list[str]], text: str) -> None:
+    assert faults("", {}, {"PGPROXY_CLEAR_PASSWD": text}) == [
+        "environment PGPROXY_CLEAR_PASSWD: authenticator.cleartext_password: neither true nor false"
+    ]
+
+
+def test_an_empty_variable_counts_as_not_set(loaded: Load) -> None:
+    assert loaded("max_clients: 1", {}, {"PGPROXY_MAX_CLIENTS": ""}).settings.max_clients == 1
+
+
+def test_a_key_without_a_value_counts_as_not_set(loaded: Load) -> None:
+    assert loaded("max_clients:\nauthenticator:\ntarget:\n  error_text: ~").settings == Settings()
+
+
+@pytest.mark.parametrize("key", list(schema.all_keys()), ids=lambda key: key.path)
+def test_every_key_has_a_variable(loaded: Load, key: schema.Key) -> None:
+    other = {
+        bool: ("true", True),
+        int: ("4242", 4242) if key.path != "authenticator.max_parallel" else ("42", 42),
+        float: ("4.5", 4.5),
+        list: ("one,two", ["one", "two"]),
+        type(None): ("one,two", ["one", "two"]),
+        str: ("json", "json") if key.path == "log.format" else ("debug", "debug"),
+    }
+    text, expected = other[type(key.default)]
+    if key.path == "authenticator.cmd":
+        text = "one two"
+    name = "PGPROXY_" + key.path.upper().replace(".", "_")
+    settings = loaded("", {}, {name: text})
+    assert value(settings.settings, key.path) == expected
+    assert settings.origins[key.path] == f"environment {name}"
+
+
+@pytest.mark.parametrize(
+    ("content", "cmd"),
+    [
+        ("cmd: [/usr/bin/decide, --for, 'the shop']", ["/usr/bin/decide", "--for", "the shop"]),
+        ("cmd: /usr/bin/decide --for 'the shop'", ["/usr/bin/decide", "--for", "the shop"]),
+        ("cmd: decide, or not", ["decide,", "or", "not"]),
+        ("cmd: decide $HOME ~ *.py | tee", ["decide", "$HOME", "~", "*.py", "|", "tee"]),
+        ("cmd: []", []),
+        ("cmd: ''", []),
+    ],
+)
+def test_a_command_is_a_list_or_one_string_that_no_shell_reads(loaded: Load, content: str, cmd: list[str]) -> None:
+    assert loaded(f"authenticator:\n  {content}").settings.authenticator.cmd == cmd
+
+
+@pytest.mark.parametrize(
+    ("content", "listen"),
+    [
+        ("listen: :5432", [":5432"]),
+        ("listen: ':5432, [::1]:6000'", [":5432", "[::1]:6000"]),
+        ("listen: ['127.0.0.1:5432', 'unix:/run:5432']", ["127.0.0.1:5432", "unix:/run:5432"]),
+    ],
+)
+def test_listen_is_one_address_or_several(loaded: Load, content: str, listen: list[str]) -> None:
+    assert loaded(content).settings.listen == listen
+
+
+def test_a_number_may_stand_in_quotes(loaded: Load) -> None:
+    settings = loaded("max_clients: '7'\nlogin_timeout: '1.5'\ndrain_timeout: 2").settings
+    assert (settings.max_clients, settings.login_timeout, settings.drain_timeout) == (7, 1.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("lisen: x", "unknown key lisen, did you mean listen?"),
+        ("authenticator: {command: x}", "unknown key authenticator.command, did you mean authenticator.cmd?"),
+        ("cleartext_password: true", "unknown key cleartext_password, did you mean authenticator.cleartext_password?"),
+        ("listen: {port: 1}", "unknown key listen.port, did you mean listen?"),
+        ("Max_Client: 1", "unknown key max_client, did you mean max_clients?"),
+        ("xyzzy: 1", "unknown key xyzzy"),
+        ("1: 2", "unknown key 1"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(
+    faults: Callable[..., list[str]], content: str, says: str
+) -> None:
+    assert faults(content) == [says]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("max_clients: many", "max_clients: Expected `int`, got `str`"),
+        ("max_clients: 1.5", "max_clients: Expected `int`, got `float`"),
+        ("max_clients: 0", "max_clients: Expected `int` >= 1"),
+        ("max_clients: [1]", "max_clients: Expected `int`, got `array`"),
+        ("login_timeout: 0", "login_timeout: Expected `float` > 0.0"),
+        ("login_timeout: -1", "login_timeout: Expected `float` > 0.0"),
+        ("login_timeout: .nan", "login_timeout: Expected `float` > 0.0"),
+        ("buffer_size: 16777217", "buffer_size: Expected `int` <= 16777216"),
+        ("log: {format: xml}", "log.format: Invalid enum value 'xml'"),
+        ("listen: 5432", "listen: Expected `array`, got `int`"),
+        ("authenticator: {cmd: 'a \"b'}", "authenticator.cmd: No closing quotation"),
+        ("authenticator: {cleartext_password: 7}", "authenticator.cleartext_password: Expected `bool`, got `int`"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_the_right_one(
+    faults: Callable[..., list[str]], content: str, says: str
+) -> None:
+    assert faults(content) == [says]
+
+
+def test_all_faults_are_told_at_once(faults: Callable[..., list[str]]) -> None:
+    content = "lisen: x\nmax_clients: 0\nauthenticator: {timeout: soon}"
+    assert faults(content, {"log.level": "loud"}, {"PGPROXY_MAX_LOGINS": "few"}) == [
+        "unknown key lisen, did you mean listen?",
+        "max_clients: Expected `int` >= 1",
+        "authenticator.timeout: Expected `float`, got `str`",
+        "environment PGPROXY_MAX_LOGINS: max_logins: Expected `int`, got `str`",
+        "flag: log.level: Invalid enum value 'loud'",
+    ]
+
+
+def test_a_value_that_something_beats_is_not_looked_at(loaded: Load) -> None:
+    assert loaded("max_clients: none", {}, {"PGPROXY_MAX_CLIENTS": "5"}).settings.max_clients == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("PGPROXY_LISTENS", "environment variable PGPROXY_LISTENS is not used, did you mean PGPROXY_LISTEN?"),
+        ("PGPROXY_CLEAR_PASSWORD", "environment variable PGPROXY_CLEAR_PASSWORD is not used"),
+    ],
+)
+def test_a_variable_that_is_nearly_one_is_a_warning(loaded: Load, name: str, says: str) -> None:
+    (warning,) = loaded("", {}, {name: "1"}).warnings
+    assert warning.startswith(says)
+
+
+@pytest.mark.parametrize(
+    "name", ["PGPROXY_PORT_5432_TCP", "PGPROXY_SERVICE_HOST", "pgproxy_listen", "LISTEN", "PGHOST"]
+)
+def test_other_variables_are_let_be(loaded: Load, name: str) -> None:
+    settings = loaded("", {}, {name: "tcp://192.0.2.1:5432"})
+    assert settings.settings == Settings()
+    assert settings.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("- a list", "not a mapping of keys to values"),
+        ("just text", "not a mapping of keys to values"),
+        ("a: [", "not YAML: "),
+        ("a: !!python/object/apply:os.getcwd []", "not YAML: "),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_one_line(faults: Callable[..., list[str]], content: str, says: str) -> None:
+    (fault,) = faults(content)
+    assert fault.startswith(says)
+    assert "\n" not in fault
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^/no/such/file: No such file or directory$"):
+        load.load(Path("/no/such/file"), {}, {})
+    with pytest.raises(ConfigError, match=r"Is a directory$"):
+        load.load(tmp_path, {}, {})
+
+
+def test_without_a_file_the_two_names_are_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (warning,) = load.load(None, {}, {}).warnings
+    assert warning == "no configuration file: looked for pgAuthProxy.yaml and pgauthproxy.yaml in . and /etc"
+    for name, clients in (("pgauthproxy.yaml", 1), ("pgAuthProxy.yaml", 2)):
+        (tmp_path / name).write_text(f"max_clients: {clients}")
+        loaded = load.load(None, {}, {})
+        assert (loaded.settings.max_clients, loaded.origins["max_clients"]) == (clients, f"file {name}")
+        assert loaded.warnings == ()
+
+
+def test_text_outside_ascii_is_read_as_utf8_whatever_the_locale(loaded: Load) -> None:
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        settings = loaded("authenticator: {cmd: [ä]}").settings
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert settings.authenticator.cmd == ["ä"]
+
+
+def test_the_command_gets_the_whole_environment_or_what_is_named(loaded: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environb, b"ONE", b"1")
+    monkeypatch.setitem(os.environb, b"TWO", b"\xff=2")
+    assert load.authenticator_environment(loaded().settings) == dict(os.environb)
+    settings = loaded("authenticator: {env: [TWO, NOT_THERE]}").settings
+    assert load.authenticator_environment(settings) == {b"TWO": b"\xff=2"}
+    assert load.authenticator_environment(loaded("authenticator: {env: []}").settings) == {}
