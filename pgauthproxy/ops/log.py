@@ -78,7 +78,6 @@ class LineWriter:
 
     def flush(self) -> None:
         """Writes what the reader takes now, and sees to the rest later."""
-        self._retry = None
         while self._waiting or self._dropped:
             if not self._poll.poll(0):
                 self._try_later()
@@ -97,12 +96,18 @@ class LineWriter:
                 self._dropped = 0
 
     def _try_later(self) -> None:
+        if self._retry is not None:
+            return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             # Before or after the loop's life: the next line tries again.
             return
-        self._retry = loop.call_later(RETRY_SECONDS, self.flush)
+        self._retry = loop.call_later(RETRY_SECONDS, self._try_again)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self.flush()
 
 
 def render_text(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
