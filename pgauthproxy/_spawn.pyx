@@ -158,6 +158,7 @@ cdef enum:
     ENDED_BY_STOP = 2
     ENDED_BY_FLOOD = 3
     DISCARD_BYTES = 16384
+    PIPE_BYTES = 1 << 20  # the most that a pipe holds
     FIRST_BYTES = 1024
     POLL_WITHOUT_PIDFD_MS = 5
 
@@ -295,6 +296,14 @@ cdef Job *pop(Queue *queue) noexcept nogil:
     return job
 
 
+cdef void stop_job(Job *job) noexcept nogil:
+    """The lock is held."""
+    if not job.stopped:
+        job.stopped = True
+        if job.stop_fd >= 0:
+            write(job.stop_fd, b"!", 1)
+
+
 cdef void *serve(void *argument) noexcept nogil:
     """A thread's life: takes one job after the other until the Runner closes."""
     cdef Shared *shared = <Shared *>argument
@@ -401,9 +410,9 @@ cdef int attend(
         if polled[2].revents:
             feed(in_fd, &data, &size)
         if exited or polled[3].revents:
-            drain(out, out.room + DISCARD_BYTES)
+            drain(out, out.room + PIPE_BYTES)
         if exited or polled[4].revents:
-            drain(err, err.room + DISCARD_BYTES)
+            drain(err, err.room + PIPE_BYTES)
         if out.size == out.room:
             return ENDED_BY_FLOOD
         if exited:
@@ -474,10 +483,7 @@ cdef class Run:
         if self._shared is NULL:
             return
         pthread_mutex_lock(&self._shared.lock)
-        if not self._job.stopped:
-            self._job.stopped = True
-            if self._job.stop_fd >= 0:
-                write(self._job.stop_fd, b"!", 1)
+        stop_job(&self._job)
         pthread_mutex_unlock(&self._shared.lock)
 
 
@@ -504,6 +510,7 @@ cdef class Runner:
         double grace_seconds, Py_ssize_t max_output, Py_ssize_t max_errors,
     ):
         self._over_ends[0] = self._over_ends[1] = -1
+        self._runs = {}
         pthread_mutex_init(&self._shared.lock, NULL)
         pthread_cond_init(&self._shared.work, NULL)
         if not argv:
@@ -513,7 +520,6 @@ cdef class Runner:
         if max_parallel < 1:
             raise ValueError("at least one run at once")
         self._kept = argv + environment
-        self._runs = {}
         self._shared.argv = words(argv)
         self._shared.environment = words(environment)
         self._shared.timeout = timeout_seconds
@@ -528,8 +534,11 @@ cdef class Runner:
             raise OSError(errno, os.strerror(errno))
         self._shared.over_fd = self._over_ends[1]
 
-    def __dealloc__(self):
+    def __del__(self):
+        # Not in __dealloc__: when that is called for a cycle, the runs may be gone, and threads are still at them.
         self.close()
+
+    def __dealloc__(self):
         free(self._shared.argv)
         free(self._shared.environment)
         free(self._threads)
@@ -591,17 +600,21 @@ cdef class Runner:
         """Ends what runs, at once, and waits until it is gone. What was queued is never started."""
         if self._shared.closing:
             return
+        # All in one: nothing that is queued starts, and what is stopped gets no grace.
+        pthread_mutex_lock(&self._shared.lock)
+        self._shared.closing = True
         for run in self._runs.values():
-            (<Run>run).stop()
+            stop_job(&(<Run>run)._job)
+        pthread_cond_broadcast(&self._shared.work)
+        pthread_mutex_unlock(&self._shared.lock)
         with nogil:
-            pthread_mutex_lock(&self._shared.lock)
-            self._shared.closing = True
-            pthread_cond_broadcast(&self._shared.work)
-            pthread_mutex_unlock(&self._shared.lock)
             for index in range(self._thread_count):
                 pthread_join(self._threads[index], NULL)
         pgap_close(&self._over_ends[0])
         pgap_close(&self._over_ends[1])
+        for run in self._runs.values():
+            # It may outlive this Runner, and what they shared.
+            (<Run>run)._shared = NULL
 
 
 cdef char **words(list given) except NULL:
