@@ -1,0 +1,1 @@
+"""Measurements, and the plain-Python references that the compiled modules are held to."""
