@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,9 @@ HOST_LINE = b"_META_TARGET_HOST=db:5432\n"
 ANSWER = HOST_LINE + b"user=reader\n"
 
 
-def question(parameters: Parameters = ((b"user", b"alice"),), **changes: object) -> Question:
-    values = {"method": "md5", "credential": Secret(MD5), "salt": b"\x01\xab\x00\xff"} | changes
-    return Question(Started(Accepted("2a", "192.0.2.1:50000"), parameters), **values)  # type: ignore[arg-type]
+def question(parameters: Parameters = ((b"user", b"alice"),), **changes: Any) -> Question:
+    values: dict[str, Any] = {"method": "md5", "credential": Secret(MD5), "salt": b"\x01\xab\x00\xff"} | changes
+    return Question(Started(Accepted("2a", "192.0.2.1:50000"), parameters), **values)
 
 
 def test_a_question_is_the_parameters_in_order_and_then_our_own_fields() -> None:

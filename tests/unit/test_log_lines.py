@@ -9,12 +9,14 @@ import json
 import os
 import re
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import Context
+from typing import Any
 
 import pytest
 
 from pgauthproxy.errors import AuthenticatorFault, ClientFault
-from pgauthproxy.events import AuthenticatorSaid, Cancelled, CloseReason, Ended, Noticed, Refused
+from pgauthproxy.events import AuthenticatorSaid, Cancelled, CloseReason, Ended, Event, Noticed, Refused
 from pgauthproxy.ops import log
 from pgauthproxy.ops.log import LineWriter, LogSink, make_logger, printable, render_json, render_text
 from pgauthproxy.stages import Accepted, Started
@@ -223,9 +225,11 @@ class CountingLoop(asyncio.SelectorEventLoop):
 
     later = 0
 
-    def call_later(self, *arguments: object, **keywords: object) -> asyncio.TimerHandle:  # type: ignore[override]
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *arguments: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
         self.later += 1
-        return super().call_later(*arguments, **keywords)  # type: ignore[arg-type]
+        return super().call_later(delay, callback, *arguments, context=context)
 
 
 def test_many_lines_that_wait_have_one_timer(pipe: Pipe) -> None:
@@ -255,8 +259,8 @@ def test_lines_are_written_after_the_loops_life_too(pipe: Pipe) -> None:
     assert pipe.lines() == ["one", "two"]
 
 
-def logged(pipe: Pipe, event: object, level: str = "debug") -> list[dict[str, object]]:
-    LogSink(make_logger("json", level, pipe.writer))(event)  # type: ignore[arg-type]
+def logged(pipe: Pipe, event: Event, level: str = "debug") -> list[dict[str, object]]:
+    LogSink(make_logger("json", level, pipe.writer))(event)
     lines = [json.loads(line) for line in pipe.lines()]
     for line in lines:
         del line["timestamp"]

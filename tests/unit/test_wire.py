@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from benchmarks import reference
@@ -186,10 +188,10 @@ def test_every_code_can_be_written(code: int) -> None:
 
 
 @pytest.mark.parametrize("write", [_wire.message, _wire.startup_packet])
-def test_a_body_of_a_gigabyte_is_refused_before_any_memory_is_taken(write: object) -> None:
+def test_a_body_of_a_gigabyte_is_refused_before_any_memory_is_taken(write: Callable[[int, bytes], bytes]) -> None:
     body = bytes(1 << 30)  # zero pages: the kernel gives them when they are touched, and nobody does
     with pytest.raises(ValueError, match="1 GiB or more"):
-        write(PASSWORD, body)  # type: ignore[operator]
+        write(PASSWORD, body)
 
 
 @pytest.mark.parametrize(("kind", "body"), [(256, b""), (-1, b""), (PASSWORD, None), (PASSWORD, "text")])
