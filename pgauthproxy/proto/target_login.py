@@ -192,7 +192,7 @@ class _Exchange:
         if not error.sqlstate:
             return TargetFault(CONNECTION_FAILURE, "the target server refused the connection", detail)
         told = NEUTRAL_TEXTS.get(error.sqlstate, "the target server refused the connection")
-        passed = self._pass_text and self._private
+        passed = self._pass_text and self._private and error.text
         return TargetFault(error.sqlstate, error.text if passed else told, detail)
 
 

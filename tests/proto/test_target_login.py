@@ -364,6 +364,10 @@ def test_an_error_that_concerns_the_client_keeps_its_sqlstate(sqlstate: str, tol
     assert logged_in(refusal, pass_text=True).ending.told == b"role reader is mine"
 
 
+def test_a_client_is_told_something_even_if_the_target_says_nothing() -> None:
+    assert logged_in(error(b"22023", b""), pass_text=True).ending.told == NEUTRAL.encode()
+
+
 @pytest.mark.parametrize("sqlstate", ["28000", "28P01"])
 @pytest.mark.parametrize("pass_text", [False, True])
 def test_the_gateways_own_credential_is_none_of_the_clients_business(sqlstate: str, *, pass_text: bool) -> None:
