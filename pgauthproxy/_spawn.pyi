@@ -1,4 +1,4 @@
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
 
 BY_EXIT: Final[int]
 BY_TIMEOUT: Final[int]
@@ -24,8 +24,8 @@ class Run:
 
 @final
 class Runner:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         argv: list[bytes],
         environment: list[bytes],
         max_parallel: int,
@@ -33,7 +33,7 @@ class Runner:
         grace_seconds: float,
         max_output: int,
         max_errors: int,
-    ) -> None: ...
+    ) -> Self: ...
     def fileno(self) -> int: ...
     def start(self, data: bytes) -> Run: ...
     def collect(self) -> list[Run]: ...
