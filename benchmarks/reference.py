@@ -102,6 +102,13 @@ def md5_answer(stored: bytes, salt: bytes) -> bytes:
     return _md5(stored[3:] + salt)
 
 
+class Space(Protocol):
+    """What all ends read into."""
+
+    @property
+    def space(self) -> bytearray: ...
+
+
 class Owner(Protocol):
     """What an end reports to."""
 
@@ -109,11 +116,14 @@ class Owner(Protocol):
     def target_finished(self) -> None: ...
 
 
-class End(asyncio.Protocol):
-    """`_relay.End`, writing through its peer's transport alone; `fd` and `buffer` are not used."""
+class End(asyncio.BufferedProtocol):
+    """`_relay.End`, writing through its peer's transport alone; `fd` is not used.
+
+    It reads into a buffer of the same size, so that both hold no more than that in each direction.
+    """
 
     def __init__(
-        self, session: Owner, transport: asyncio.Transport, fd: int, faces_target: bool, buffer: object
+        self, session: Owner, transport: asyncio.Transport, fd: int, faces_target: bool, buffer: Space
     ) -> None:
         self._session: Owner | None = session
         self._peer: End | None = None
@@ -121,13 +131,14 @@ class End(asyncio.Protocol):
         self.faces_target = faces_target
         self.received = 0
         self.holding = False
+        self._space = memoryview(buffer.space)
         self._at_eof = False
         self._tail = READY_FOR_QUERY + b"\0" if faces_target else bytes(READY_BYTES)
 
     def start(self, rest: bytes, at_eof: bool) -> None:
         assert self._peer is not None
         if rest:
-            self.data_received(rest)
+            self._forward(rest)
         if at_eof:
             if not self.eof_received():
                 self.transport.close()
@@ -142,7 +153,19 @@ class End(asyncio.Protocol):
     def has_finished(self) -> bool:
         return self._at_eof or self._tail.endswith(TERMINATE)
 
-    def data_received(self, data: bytes) -> None:
+    @property
+    def data_received(self) -> None:
+        """None, as `_relay.End` says why."""
+        return None
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._space
+
+    def buffer_updated(self, nbytes: int) -> None:
+        # What the transport keeps must not change when the buffer is read into again.
+        self._forward(bytes(self._space[:nbytes]))
+
+    def _forward(self, data: bytes) -> None:
         self.received += len(data)
         self._tail = (self._tail + data[-READY_BYTES:])[-READY_BYTES:]
         if self._peer is not None:
