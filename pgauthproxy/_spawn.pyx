@@ -161,6 +161,8 @@ cdef enum:
     FIRST_BYTES = 1024
     POLL_WITHOUT_PIDFD_MS = 5
 
+cdef double SOON_SECONDS = 0.05
+
 BY_EXIT = ENDED_BY_EXIT
 BY_TIMEOUT = ENDED_BY_TIMEOUT
 BY_STOP = ENDED_BY_STOP
@@ -372,26 +374,35 @@ cdef void run_process(Shared *shared, Job *job, int stop_fd) noexcept nogil:
 cdef int attend(
     pid_t pid, int pid_fd, int stop_fd, double deadline, int *in_fd, const char *data, Py_ssize_t size, Job *job
 ) noexcept nogil:
-    """Serves the three pipes until the process is gone or must go; returns what ended it."""
+    """Serves the three pipes until the process is gone or must go; returns what ended it.
+
+    Being woken is what this costs. A command that is soon gone has what it said in the pipes, and nothing but its exit
+    wakes us; one that takes longer may have filled them, and is read from then on.
+    """
     cdef pollfd[5] polled
     cdef Sink *out = &job.out
     cdef Sink *err = &job.err
+    cdef double started = now()
+    cdef double time = started
     cdef double left
-    cdef bint exited
+    cdef bint exited, reading
     while True:
+        reading = pid_fd < 0 or time - started >= SOON_SECONDS
         polled[0].fd = pid_fd
         polled[1].fd = stop_fd
         polled[2].fd = in_fd[0]
-        polled[3].fd = out.fd
-        polled[4].fd = err.fd
+        polled[3].fd = out.fd if reading else -1
+        polled[4].fd = err.fd if reading else -1
         polled[0].events = polled[1].events = polled[3].events = polled[4].events = POLLIN
         polled[2].events = POLLOUT
-        left = deadline - now()
+        left = deadline - time
         if left <= 0:
             return ENDED_BY_TIMEOUT
         left = min(left * 1000 + 1, 1e6)
         if pid_fd < 0:
             left = min(left, POLL_WITHOUT_PIDFD_MS)
+        elif not reading:
+            left = min(left, SOON_SECONDS * 1000 + 1)
         polled[0].revents = polled[1].revents = polled[2].revents = polled[3].revents = polled[4].revents = 0
         poll(polled, 5, <int>left)
         # Asked before the pipes are read: what the process wrote before it went is in them by then.
@@ -408,6 +419,7 @@ cdef int attend(
             return ENDED_BY_FLOOD
         if exited:
             return ENDED_BY_EXIT
+        time = now()
 
 
 cdef void end_group(pid_t pid, int pid_fd, double grace) noexcept nogil:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import select
+import time
 from collections import deque
 from collections.abc import MutableMapping
 from typing import Any, Final
@@ -34,6 +35,8 @@ MAX_VALUE: Final = 256
 MAX_WAITING: Final = 10_000
 """Lines that wait for a reader of standard error."""
 RETRY_SECONDS: Final = 0.2
+LATE_SECONDS: Final = 0.02
+"""How long lines may wait for others to be written with them."""
 # POSIX promises that a pipe that polls writable takes this many bytes without blocking.
 PIPE_BYTES: Final = select.PIPE_BUF
 STDERR: Final = 2
@@ -66,19 +69,17 @@ class LineWriter:
         self._poll.register(descriptor, select.POLLOUT)
 
     def msg(self, line: str) -> None:
-        """Takes one line, without its line feed."""
-        encoded = line.encode(errors="backslashreplace")[: PIPE_BYTES - 1] + b"\n"
+        """Takes one line, without its line feed; `flush` writes it."""
         if len(self._waiting) >= MAX_WAITING:
             self._dropped += 1
         else:
-            self._waiting.append(encoded)
-        self.flush()
+            self._waiting.append(line.encode(errors="backslashreplace")[: PIPE_BYTES - 1] + b"\n")
 
     debug = info = warning = error = msg
 
     def flush(self) -> None:
         """Writes what the reader takes now, and sees to the rest later."""
-        self._retry = None
+        self._cancel_retry()
         while self._waiting or self._dropped:
             if not self._poll.poll(0):
                 self._try_later()
@@ -86,15 +87,24 @@ class LineWriter:
             if not self._waiting:
                 self._waiting.append(b"%d lines of the log were dropped: nobody read them\n" % self._dropped)
                 self._dropped = 0
+            chunk = self._next_chunk()
             try:
-                os.write(self._descriptor, self._waiting.popleft())
+                os.write(self._descriptor, chunk)
             except BlockingIOError:
+                self._waiting.appendleft(chunk)
                 self._try_later()
                 return
             except OSError:
                 # The reader is gone for good, and with it the one place where this could be said.
                 self._waiting.clear()
                 self._dropped = 0
+
+    def _next_chunk(self) -> bytes:
+        """Whole lines, as many as a pipe takes at once."""
+        chunk = self._waiting.popleft()
+        while self._waiting and len(chunk) + len(self._waiting[0]) <= PIPE_BYTES:
+            chunk += self._waiting.popleft()
+        return chunk
 
     def _try_later(self) -> None:
         try:
@@ -104,10 +114,16 @@ class LineWriter:
             return
         self._retry = loop.call_later(RETRY_SECONDS, self.flush)
 
+    def _cancel_retry(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
 
 def render_text(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
     """One line for people: time, level, what happened, then `key=value`s, quoted where they hold a space."""
-    line = f"{datetime.datetime.now().isoformat()} {level:7} {fields.pop('event')}"
+    at = datetime.datetime.fromtimestamp(fields.pop("at"))
+    line = f"{at.isoformat(timespec='microseconds')} {level:7} {fields.pop('event')}"
     for name, value in fields.items():
         text = str(value)
         line += f" {name}={json.dumps(text, ensure_ascii=False) if TO_QUOTE.search(text) else text}"
@@ -116,76 +132,95 @@ def render_text(_logger: object, level: str, fields: MutableMapping[str, Any]) -
 
 def render_json(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
     """One JSON object; the time is UTC."""
-    now = datetime.datetime.now(datetime.UTC).isoformat()
-    return msgspec.json.encode({"timestamp": now, "level": level, **fields}).decode()
-
-
-def make_logger(log_format: str, level: str, descriptor: int = STDERR) -> Any:
-    """A structlog logger that writes to a descriptor, as `text` or `json`."""
-    return structlog.wrap_logger(
-        LineWriter(descriptor),
-        # One step: the level's name and the time are put in where the line is made.
-        processors=[render_json if log_format == "json" else render_text],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        cache_logger_on_first_use=True,
-    )
+    at = datetime.datetime.fromtimestamp(fields.pop("at"), datetime.UTC).isoformat(timespec="microseconds")
+    return msgspec.json.encode({"timestamp": at, "level": level, **fields}).decode()
 
 
 class LogSink:
-    """Turns what happened into lines."""
+    """Turns what happened into lines of a descriptor, as `text` or `json`, from `level` on.
 
-    def __init__(self, logger: Any) -> None:
-        self._logger = logger
+    Lines are made and written some milliseconds late, several at once: done in the middle of a login they would be a
+    sixth of its cost. What concerns the gateway itself is written at once, and everything when it ends (`flush`).
+    """
+
+    def __init__(self, log_format: str, level: str, descriptor: int = STDERR) -> None:
+        self._writer = LineWriter(descriptor)
+        self._waiting: list[tuple[float, Event]] = []
+        # One step: the level's name and the time are put in where the line is made.
+        self._logger: Any = structlog.wrap_logger(
+            self._writer,
+            processors=[render_json if log_format == "json" else render_text],
+            wrapper_class=structlog.make_filtering_bound_logger(level),
+        ).bind()
 
     def __call__(self, event: Event) -> None:
+        self._waiting.append((time.time(), event))
+        if isinstance(event, Noticed):
+            self.flush()
+        elif len(self._waiting) == 1:
+            asyncio.get_running_loop().call_later(LATE_SECONDS, self.flush)
+
+    def flush(self) -> None:
+        """Writes all that has happened, as far as the reader takes it."""
+        waiting, self._waiting = self._waiting, []
+        for at, event in waiting:
+            self._write(at, event)
+        self._writer.flush()
+
+    def _write(self, at: float, event: Event) -> None:
         match event:
             case LoggedIn():
-                self._logged_in(event)
+                self._logger.info("login", at=at, **_login(event))
             case Refused():
-                self._refused(event)
+                level = "info" if event.fault.whose == "client" else "warning"
+                getattr(self._logger, level)("refused", at=at, **_who(event), **_reason(event.fault))
             case Ended():
-                self._logger.info(
-                    "session ended",
-                    session=event.session,
-                    why=event.reason.value,
-                    **({"detail": printable(event.detail)} if event.detail else {}),
-                    bytes_from_client=event.bytes_from_client,
-                    bytes_from_target=event.bytes_from_target,
-                    seconds=round(event.seconds, 3),
-                )
+                self._logger.info("session ended", at=at, **_end(event))
             case Cancelled():
-                self._logger.info("cancel request", client=event.address, session=event.session, outcome=event.outcome)
+                self._logger.info(
+                    "cancel request", at=at, client=event.address, session=event.session, outcome=event.outcome
+                )
             case AuthenticatorSaid():
                 for line in event.lines:
-                    self._logger.warning("authenticator says", session=event.session, text=printable(line))
+                    self._logger.warning("authenticator says", at=at, session=event.session, text=printable(line))
                 if event.dropped:
-                    self._logger.warning("authenticator says more", session=event.session, dropped_bytes=event.dropped)
+                    self._logger.warning(
+                        "authenticator says more", at=at, session=event.session, dropped_bytes=event.dropped
+                    )
             case Noticed():
-                getattr(self._logger, event.level)(event.what, **dict(event.facts))
+                getattr(self._logger, event.level)(event.what, at=at, **dict(event.facts))
 
-    def _logged_in(self, event: LoggedIn) -> None:
-        attached = event.attached
-        granted = attached.granted
-        self._logger.info(
-            "login",
-            **_identity(granted.started),
-            target=str(attached.reached),
-            target_user=printable(granted.mapping.user),
-            target_database=printable(granted.mapping.database),
-            authenticator_ms=_milliseconds(granted.authenticator_seconds),
-            connect_ms=_milliseconds(attached.connect_seconds),
-            login_ms=_milliseconds(attached.login_seconds),
-            total_ms=_milliseconds(event.total_seconds),
-        )
 
-    def _refused(self, event: Refused) -> None:
-        who = (
-            _identity(event.started)
-            if event.started is not None
-            else {"session": event.accepted.session, "client": event.accepted.address}
-        )
-        level = "info" if event.fault.whose == "client" else "warning"
-        getattr(self._logger, level)("refused", **who, **_reason(event.fault))
+def _login(event: LoggedIn) -> dict[str, object]:
+    attached = event.attached
+    granted = attached.granted
+    return {
+        **_identity(granted.started),
+        "target": str(attached.reached),
+        "target_user": printable(granted.mapping.user),
+        "target_database": printable(granted.mapping.database),
+        "authenticator_ms": _milliseconds(granted.authenticator_seconds),
+        "connect_ms": _milliseconds(attached.connect_seconds),
+        "login_ms": _milliseconds(attached.login_seconds),
+        "total_ms": _milliseconds(event.total_seconds),
+    }
+
+
+def _end(event: Ended) -> dict[str, object]:
+    return {
+        "session": event.session,
+        "why": event.reason.value,
+        **({"detail": printable(event.detail)} if event.detail else {}),
+        "bytes_from_client": event.bytes_from_client,
+        "bytes_from_target": event.bytes_from_target,
+        "seconds": round(event.seconds, 3),
+    }
+
+
+def _who(event: Refused) -> dict[str, str]:
+    if event.started is not None:
+        return _identity(event.started)
+    return {"session": event.accepted.session, "client": event.accepted.address}
 
 
 def _identity(started: Started) -> dict[str, str]:

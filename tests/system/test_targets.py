@@ -16,8 +16,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgauthproxy.gateway.salted_keys import SaltedKeys
-from pgauthproxy.gateway.target_leg import TargetPolicy, attach
+from pgauthproxy._relay import ForwardBuffer
+from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.stages import Accepted, Address, Granted, Mapping, Started
@@ -278,7 +278,7 @@ async def attached_at(host: Address) -> Address:
     started = Started(Accepted("1", "127.0.0.1:1"), ((b"user", b"alice"),))
     granted = Granted(started, Mapping((host,), ((b"user", b"x"),), None), 0.0)
     policy = TargetPolicy(5.0, 15.0, False, TargetLimits(2000, 30000, 65536, 100_000), TcpOptions(60, 10, 6, 0.0))
-    attached, leg = await attach(granted, policy, SaltedKeys().derive)
+    attached, leg = await Targets(policy, ForwardBuffer(65536)).attach(granted)
     leg.abort()
     await asyncio.sleep(0)
     return attached.reached
