@@ -123,11 +123,12 @@ class LineWriter:
 def render_text(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
     """One line for people: time, level, what happened, then `key=value`s, quoted where they hold a space."""
     at = datetime.datetime.fromtimestamp(fields.pop("at"))
-    line = f"{at.isoformat(timespec='microseconds')} {level:7} {fields.pop('event')}"
+    parts = [at.isoformat(timespec="microseconds"), f"{level:7}", fields.pop("event")]
     for name, value in fields.items():
-        text = str(value)
-        line += f" {name}={json.dumps(text, ensure_ascii=False) if TO_QUOTE.search(text) else text}"
-    return line
+        if type(value) is str and TO_QUOTE.search(value):
+            value = json.dumps(value, ensure_ascii=False)
+        parts.append(f"{name}={value}")
+    return " ".join(parts)
 
 
 def render_json(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
