@@ -91,6 +91,16 @@ class Gateway:
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
     @property
+    def sockets(self) -> int:
+        """How many of its descriptors are sockets."""
+        count = 0
+        for descriptor in Path(f"/proc/{self.pid}/fd").iterdir():
+            # It may be closed by now.
+            with contextlib.suppress(FileNotFoundError):
+                count += str(descriptor.readlink()).startswith("socket:")
+        return count
+
+    @property
     def resident_bytes(self) -> int:
         fields = Path(f"/proc/{self.pid}/statm").read_text().split()
         return int(fields[1]) * 4096

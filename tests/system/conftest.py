@@ -17,6 +17,7 @@ import yaml
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
+from tests.wire import RawClient, password, startup
 
 PASSWORD = "of no importance"
 
@@ -89,6 +90,62 @@ def shared_gateway(tmp_path_factory: pytest.TempPathFactory, postgres: Throwaway
     folder = tmp_path_factory.mktemp("gateway")
     with running_gateway(folder, write_mapped(folder / "authenticator", postgres.port)) as gateway:
         yield gateway
+
+
+class Asked:
+    """A gateway, and what its authenticator was asked: it notes that, and lets everybody but mallory in, as postgres.
+
+    It runs once at a time, so that the notes are in order.
+    """
+
+    def __init__(self, gateway: Gateway, notes: Path) -> None:
+        self.gateway = gateway
+        self._notes = notes
+
+    @property
+    def port(self) -> int:
+        return self.gateway.port
+
+    @property
+    def questions(self) -> list[bytes]:
+        """What the authenticator has read, each time that it ran."""
+        return self._notes.read_bytes().split(b"\n\n")[:-1]
+
+    @contextlib.contextmanager
+    def nobody(self) -> Iterator[None]:
+        """What happens in the block must not make the authenticator run; the next client is served."""
+        known = len(self.questions)
+        yield
+        with RawClient(self.port) as client:
+            client.send(startup(user="next") + password())
+            client.read_until(b"Z")
+        assert [question.split(b"\n")[0] for question in self.questions[known:]] == [b"user=next"]
+
+
+@contextlib.contextmanager
+def asking_gateway(folder: Path, port: int, *, cleartext: bool) -> Iterator[Asked]:
+    notes, script = folder / "notes", folder / "authenticator"
+    notes.touch()
+    script.write_text(
+        "#!/bin/sh\n"
+        f"tee -a '{notes}' | LC_ALL=C grep -a '^user=mallory$' >/dev/null && refused=1\n"
+        f"echo >>'{notes}'\n"
+        f"echo _META_TARGET_HOST=127.0.0.1:{port}\n"
+        "echo user=postgres\n"
+        "echo database=postgres\n"
+        "exit ${refused:-0}\n"
+    )
+    script.chmod(0o755)
+    settings = {"cleartext_password": cleartext, "max_parallel": 1}
+    with running_gateway(folder, script, authenticator=settings) as gateway:
+        yield Asked(gateway, notes)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory, postgres: ThrowawayPostgres) -> Iterator[Asked]:
+    """A gateway before `postgres` that asks clients for an MD5, shared by the tests of a file."""
+    with asking_gateway(tmp_path_factory.mktemp("asked"), postgres.port, cleartext=False) as found:
+        yield found
 
 
 @dataclass(frozen=True)
