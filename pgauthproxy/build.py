@@ -39,8 +39,8 @@ def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     )
 
 
-def build_gateway(settings: Settings, sink: Sink, max_clients: int) -> Gateway:
-    """A gateway that serves nobody yet; `max_clients` is what the machine allows of what the settings ask for."""
+def build_gateway(settings: Settings, sink: Sink) -> Gateway:
+    """A gateway that serves nobody yet."""
     target = settings.target
     return Gateway(
         authenticator=build_authenticator(settings, sink),
@@ -61,7 +61,7 @@ def build_gateway(settings: Settings, sink: Sink, max_clients: int) -> Gateway:
             ),
             tcp=tcp_options(settings),
         ),
-        limits=Limits(max_clients, settings.max_logins),
+        limits=Limits(settings.max_clients, settings.max_logins),
         login_timeout=settings.login_timeout,
         cancel_timeout=settings.cancel_timeout,
         close_timeout=settings.close_timeout,
