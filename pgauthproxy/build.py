@@ -57,8 +57,8 @@ def build_targets(settings: Settings) -> Targets:
     return Targets(policy, _relay.ForwardBuffer(settings.buffer_size))
 
 
-def build_gateway(settings: Settings, sink: Sink, max_clients: int) -> Gateway:
-    """A gateway that serves nobody yet; `max_clients` is what the machine allows of what the settings ask for."""
+def build_gateway(settings: Settings, sink: Sink) -> Gateway:
+    """A gateway that serves nobody yet."""
     return Gateway(
         authenticator=build_authenticator(settings, sink),
         client=ClientPolicy(
@@ -67,7 +67,7 @@ def build_gateway(settings: Settings, sink: Sink, max_clients: int) -> Gateway:
             max_password_message=settings.max_password_message,
         ),
         targets=build_targets(settings),
-        limits=Limits(max_clients, settings.max_logins),
+        limits=Limits(settings.max_clients, settings.max_logins),
         login_timeout=settings.login_timeout,
         cancel_timeout=settings.cancel_timeout,
         close_timeout=settings.close_timeout,

@@ -87,6 +87,12 @@ class RawClient:
         assert self.read_to_end() == b""
         return error_fields(body)
 
+    def read_fatal(self) -> tuple[str, str]:
+        """SQLSTATE and text of the error that must come next and be final, in PostgreSQL's form."""
+        error = self.read_error()
+        assert error["S"] == error["V"] == "FATAL"
+        return error["C"], error["M"]
+
     def read_to_end(self) -> bytes:
         """All that comes until the connection closes, by a reset or in order."""
         data = b""

@@ -26,7 +26,7 @@ from pgauthproxy.events import Cancelled, CloseReason, Ended, LoggedIn, Refused,
 from pgauthproxy.gateway import cancel
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg, ClientPolicy
-from pgauthproxy.gateway.limits import Limits, too_many
+from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.startup import CancelRequest
@@ -71,6 +71,7 @@ class Session:
         "_detail",
         "_ends_lost",
         "_gateway",
+        "_is_client",
         "_number",
         "_reason",
         "_started",
@@ -100,6 +101,7 @@ class Session:
         self._reason: CloseReason | None = None
         self._detail = ""
         self._ends_lost = 0
+        self._is_client = False
         self.cancel_key = b""
         self.cancelling = False
         self.target_key = b""
@@ -164,8 +166,8 @@ class Session:
             await self._cancel(client, wanted, accepted)
             return False
         started = self._started = Started(accepted, wanted.parameters)
-        if gateway.limits.full:
-            raise too_many(f"{gateway.limits.max_clients} clients (max_clients)")
+        gateway.limits.begin_client()
+        self._is_client = True
 
         proof = await client.receive_proof(started, gateway.client)
         client.watch(self._client_left)
@@ -290,7 +292,8 @@ class Session:
         self._client = None
         self._cause = None
         gateway = self._gateway
-        gateway.limits.end_client()
+        if self._is_client:
+            gateway.limits.end_client()
         gateway.sessions.discard(self)
         if not gateway.sessions and gateway.idle is not None:
             gateway.idle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import yaml
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
+from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, password, startup
 
 PASSWORD = "of no importance"
 
@@ -89,6 +91,169 @@ def shared_gateway(tmp_path_factory: pytest.TempPathFactory, postgres: Throwaway
     folder = tmp_path_factory.mktemp("gateway")
     with running_gateway(folder, write_mapped(folder / "authenticator", postgres.port)) as gateway:
         yield gateway
+
+
+class Asked:
+    """A gateway, and what its authenticator was asked: it notes that, and lets everybody but mallory in, as postgres.
+
+    It runs once at a time, so that the notes are in order.
+    """
+
+    def __init__(self, gateway: Gateway, notes: Path) -> None:
+        self.gateway = gateway
+        self._notes = notes
+
+    @property
+    def port(self) -> int:
+        return self.gateway.port
+
+    @property
+    def questions(self) -> list[bytes]:
+        """What the authenticator has read, each time that it ran."""
+        return self._notes.read_bytes().split(b"\n\n")[:-1]
+
+    @contextlib.contextmanager
+    def nobody(self) -> Iterator[None]:
+        """What happens in the block must not make the authenticator run; the next client is served."""
+        known = len(self.questions)
+        yield
+        with RawClient(self.port) as client:
+            client.send(startup(user="next") + password())
+            client.read_until(b"Z")
+        assert [question.split(b"\n")[0] for question in self.questions[known:]] == [b"user=next"]
+
+
+@contextlib.contextmanager
+def asking_gateway(folder: Path, port: int, *, cleartext: bool) -> Iterator[Asked]:
+    notes, script = folder / "notes", folder / "authenticator"
+    notes.touch()
+    script.write_text(
+        "#!/bin/sh\n"
+        f"tee -a '{notes}' | LC_ALL=C grep -a '^user=mallory$' >/dev/null && refused=1\n"
+        f"echo >>'{notes}'\n"
+        f"echo _META_TARGET_HOST=127.0.0.1:{port}\n"
+        "echo user=postgres\n"
+        "echo database=postgres\n"
+        "exit ${refused:-0}\n"
+    )
+    script.chmod(0o755)
+    settings = {"cleartext_password": cleartext, "max_parallel": 1}
+    with running_gateway(folder, script, authenticator=settings) as gateway:
+        yield Asked(gateway, notes)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory, postgres: ThrowawayPostgres) -> Iterator[Asked]:
+    """A gateway before `postgres` that asks clients for an MD5, shared by the tests of a file."""
+    with asking_gateway(tmp_path_factory.mktemp("asked"), postgres.port, cleartext=False) as found:
+        yield found
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a login can be held: what the client sends to get there, the answers to that, what the gateway has open."""
+
+    sends: bytes
+    answers: bytes = b""
+    sockets: int = 1
+    children: int = 0
+
+
+STEPS = {
+    "before the startup packet": Step(b""),
+    "within the startup packet": Step(startup()[:20]),
+    "behind an SSLRequest": Step(SSL_REQUEST, b"N"),
+    "before the password": Step(startup(), b"R"),
+    "within the password": Step(startup() + password()[:10], b"R"),
+    "while the authenticator runs": Step(startup(user="hanging") + password(), b"R", children=1),
+    "while the target connects": Step(startup(user="unreachable") + password(), b"R", sockets=2),
+    "while the target logs in": Step(startup(user="unanswered") + password(), b"R", sockets=2),
+}
+
+
+class Holding:
+    """A gateway in which a login can be held at each of STEPS; all others are let in, as postgres."""
+
+    def __init__(self, gateway: Gateway, hanging: Path) -> None:
+        self.gateway = gateway
+        self.port = gateway.port
+        self._hanging = hanging
+        self._sockets = gateway.sockets
+
+    def bring(self, client: RawClient, step: Step) -> None:
+        """Holds a client's login there; it must be the only one."""
+        client.send(step.sends)
+        if step.answers == b"N":
+            assert client.read(1) == b"N"
+        elif step.answers == b"R":
+            assert client.read_message()[0] == b"R"
+        wait_until(lambda: self._has(step.sockets, step.children), "the login to get there")
+        if step.children:
+            wait_until(self._hanging.exists, "the authenticator to hang")
+
+    def wait_until_clean(self) -> None:
+        """Returns once no connection and no process of any login is left."""
+        wait_until(lambda: self._has(0, 0), "everything to be given back")
+        if self._hanging.exists():
+            group = int(self._hanging.read_text())
+            wait_until(lambda: not lives(group), "the authenticator's group to be gone")
+            self._hanging.unlink()
+
+    def _has(self, sockets: int, children: int) -> bool:
+        return self.gateway.sockets == self._sockets + sockets and len(self.gateway.children) == children
+
+
+def lives(group: int) -> bool:
+    """Whether a process group has a member that is more than an entry which nobody has reaped yet."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        # It may be gone by now.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, number = stat.read_text().rpartition(") ")[2].split()[:3]
+            if int(number) == group and state not in "ZX":
+                return True
+    return False
+
+
+@pytest.fixture
+def holding(
+    tmp_path: Path, start_gateway: StartGateway, postgres: ThrowawayPostgres
+) -> Iterator[Callable[..., Holding]]:
+    """Starts gateways with these settings that hold logins."""
+    hanging = tmp_path / "hanging"
+
+    def answer_nothing(connection: socket.socket) -> None:
+        while connection.recv(65536):
+            continue
+
+    with contextlib.ExitStack() as stack:
+        unanswered = stack.enter_context(ScriptedTarget(answer_nothing))
+        # Once its queue is full the kernel drops whoever knocks.
+        unreachable = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(3):
+            knocking = stack.enter_context(socket.socket())
+            knocking.setblocking(False)
+            knocking.connect_ex(unreachable.getsockname())
+        script = tmp_path / "holding"
+        script.write_text(
+            "#!/bin/sh\n"
+            f"port={postgres.port}\n"
+            "while read -r line; do case $line in\n"
+            f"user=hanging) sleep 60 & echo $$ >'{hanging}.new'; mv '{hanging}.new' '{hanging}'; wait ;;\n"
+            f"user=unreachable) port={unreachable.getsockname()[1]} ;;\n"
+            f"user=unanswered) port={unanswered.port} ;;\n"
+            "esac; done\n"
+            'echo "_META_TARGET_HOST=127.0.0.1:$port"\n'
+            "echo user=postgres\n"
+            "echo database=postgres\n"
+        )
+        script.chmod(0o755)
+
+        def start(**settings: Any) -> Holding:
+            longer = {"timeout": 60, "max_parallel": 1, **settings.pop("authenticator", {})}
+            target = {"connect_timeout": 60, "login_timeout": 60, **settings.pop("target", {})}
+            return Holding(start_gateway(script, authenticator=longer, target=target, **settings), hanging)
+
+        yield start
 
 
 @dataclass(frozen=True)

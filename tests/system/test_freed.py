@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 import subprocess
@@ -155,16 +154,6 @@ KINDS: dict[str, tuple[Callable[[int], None], ...]] = {
 }
 
 
-def sockets(gateway: Gateway) -> int:
-    """How many of its descriptors are sockets."""
-    count = 0
-    for descriptor in Path(f"/proc/{gateway.pid}/fd").iterdir():
-        # It may be closed by now.
-        with contextlib.suppress(FileNotFoundError):
-            count += str(descriptor.readlink()).startswith("socket:")
-    return count
-
-
 @pytest.fixture
 def left_by(tmp_path: Path, postgres: ThrowawayPostgres) -> Callable[..., Left]:
     """Runs sessions of some kinds through a gateway without a collector, and tells what is left of them."""
@@ -199,10 +188,10 @@ def left_by(tmp_path: Path, postgres: ThrowawayPostgres) -> Callable[..., Left]:
         gateway = Gateway(process, log)
         try:
             port = int(gateway.wait_for("listening")["address"].rpartition(":")[2])
-            at_start, descriptors_at_start = sockets(gateway), gateway.descriptors
+            at_start, descriptors_at_start = gateway.sockets, gateway.descriptors
             for number in range(sessions):
                 kinds[number % len(kinds)](port)
-            wait_until(lambda: sockets(gateway) == at_start, f"no more than {at_start} sockets")
+            wait_until(lambda: gateway.sockets == at_start, f"no more than {at_start} sockets")
             # The threads that run authenticators keep a pipe each, and what they have in common.
             assert gateway.descriptors <= descriptors_at_start + 2 * MAX_PARALLEL + 2
             assert gateway.stop() == 0, log.read_text()
