@@ -124,6 +124,7 @@ cdef extern from *:
     enum: POLLIN, POLLOUT, SIGTERM, SIGKILL
     int poll(pollfd *fds, unsigned long count, int timeout) nogil
     int kill(pid_t pid, int signal) nogil
+    pid_t getpgid(pid_t pid) nogil
     pid_t waitpid(pid_t pid, int *status, int options) nogil
     ssize_t read(int fd, void *at, size_t count) nogil
     ssize_t write(int fd, const void *at, size_t count) nogil
@@ -427,7 +428,7 @@ cdef void end_group(pid_t pid, int pid_fd, double grace) noexcept nogil:
     cdef pollfd polled
     cdef double deadline = now() + grace
     cdef double left = grace
-    kill(-pid, SIGTERM)
+    signal_group(pid, SIGTERM)
     while left > 0:
         polled.fd = pid_fd
         polled.events = POLLIN
@@ -436,7 +437,14 @@ cdef void end_group(pid_t pid, int pid_fd, double grace) noexcept nogil:
         if polled.revents or (pid_fd < 0 and pgap_exited(pid)):
             break
         left = deadline - now()
-    kill(-pid, SIGKILL)
+    signal_group(pid, SIGKILL)
+
+
+cdef void signal_group(pid_t pid, int number) noexcept nogil:
+    """The leader gets it too if it has moved to another group."""
+    kill(-pid, number)
+    if getpgid(pid) != pid:
+        kill(pid, number)
 
 
 @cython.final

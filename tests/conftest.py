@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,31 @@ class Gateway:
     def resident_bytes(self) -> int:
         fields = Path(f"/proc/{self.pid}/statm").read_text().split()
         return int(fields[1]) * 4096
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that it ever had."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+    @property
+    def children(self) -> list[int]:
+        """The processes that it has started and not yet collected."""
+        return [pid for pid, parent, _ in _processes() if parent == self.pid]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not yet collected does not."""
+    return any(found == pid and state not in "ZX" for found, _, state in _processes())
+
+
+def _processes() -> Iterator[tuple[int, int, str]]:
+    """Process ID, parent's ID and state of every process."""
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, _, rest = entry.read_text(errors="replace").partition(" (")
+            state, parent = rest.rpartition(")")[2].split()[:2]
+            yield int(pid), int(parent), state
 
 
 StartGateway = Callable[..., Gateway]

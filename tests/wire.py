@@ -115,9 +115,9 @@ class RawClient:
 class ScriptedTarget:
     """A target that does what `script(connection)` does, for each connection, in a thread of its own."""
 
-    def __init__(self, script: Callable[[socket.socket], None]) -> None:
+    def __init__(self, script: Callable[[socket.socket], None], host: str = "127.0.0.1") -> None:
         self._script = script
-        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening = socket.create_server((host, 0))
         self.port: int = self._listening.getsockname()[1]
         self.failures: list[BaseException] = []
         self._open: list[socket.socket] = []

@@ -15,6 +15,7 @@ from pgauthproxy.stages import Address, Mapping, parameter
 DEFAULT_PORT: Final = 5432
 MD5_CREDENTIAL: Final = re.compile(rb"md5[0-9a-f]{32}")
 HOST_NAME: Final = re.compile(r"[A-Za-z0-9_.\-:%]+")
+PORT: Final = re.compile(r"[0-9]{1,5}")
 SOURCE_PREFIX: Final = b"_SOURCE_"
 META_PREFIX: Final = b"_META_"
 WITHOUT_TLS: Final = (b"", b"disable", b"prefer", b"allow")
@@ -135,6 +136,6 @@ def _parse_host(text: str) -> Address:
         host, _, port = text.rpartition(":") if ":" in text else (text, "", "")
     if not (host.startswith("/") or HOST_NAME.fullmatch(host)):
         raise NonsenseError("_META_TARGET_HOST names no host")
-    if port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    if port and not (PORT.fullmatch(port) and 0 < int(port) < 65536):
         raise NonsenseError("_META_TARGET_HOST with a port that is no port")
     return Address(host, int(port) if port else DEFAULT_PORT)

@@ -50,7 +50,12 @@ class AuthenticatorSettings(_Settings, frozen=True):
     ] = 65_536
     max_output_lines: Annotated[int, Meta(ge=1, description="Lines of output; more are an error.")] = 256
     max_errors: Annotated[
-        int, Meta(ge=1, le=1 << 24, description="Bytes of standard error that reach the log; the rest is dropped.")
+        int,
+        Meta(
+            ge=1,
+            le=1 << 24,
+            description="Bytes of standard error that reach the log, in at most 256 lines; the rest is dropped.",
+        ),
     ] = 65_536
 
 

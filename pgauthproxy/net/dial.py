@@ -55,6 +55,9 @@ async def resolve(address: Address, seconds: float) -> list[Address]:
         raise DialError(f"{address}: no answer to the name's look-up in {seconds:g} s") from None
     except OSError as error:
         raise DialError(f"{address}: {error.strerror or error}") from None
+    except UnicodeError:
+        # Of the encoding that names of hosts have: a label that is empty, or too long.
+        raise DialError(f"{address}: not a name that a host can have") from None
     return list(dict.fromkeys(Address(str(where[0]), int(where[1])) for _, _, _, _, where in found))
 
 

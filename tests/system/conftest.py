@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
-from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, password, startup
+from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, message, password, query, startup
 
 PASSWORD = "of no importance"
 
@@ -291,3 +292,92 @@ def mapped_to(authenticator: Callable[..., Path], start_gateway: StartGateway) -
         return start_gateway(script, **settings)
 
     return start
+
+
+def new_user() -> str:
+    """A name that nobody else in the log has."""
+    return f"user_{uuid.uuid4().hex[:12]}"
+
+
+def refusal(gateway: Gateway, user: str, answer: str = "md5" + "0" * 32) -> tuple[dict[str, str], str]:
+    """What this user, who must be refused after the password, is told, and what the log says."""
+    with RawClient(gateway.port) as client:
+        client.send(startup(user=user))
+        client.read_message()
+        client.send(password(answer))
+        error = client.read_error()
+    return error, gateway.wait_for("refused", user=user)["reason"]
+
+
+class Answering:
+    """A gateway whose authenticator answers each user with what a test said beforehand."""
+
+    def __init__(self, gateway: Gateway, folder: Path) -> None:
+        self.gateway = gateway
+        self._folder = folder
+
+    def user(self, lines: dict[str, str]) -> str:
+        """A user who gets these lines."""
+        name = new_user()
+        (self._folder / name).write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
+        return name
+
+    def asked(self, lines: dict[str, str], sql: str) -> str:
+        """The one value that a query gives to such a user."""
+        with RawClient(self.gateway.port) as client:
+            client.log_in(user=self.user(lines))
+            client.send(query(sql))
+            rows = [body for kind, body in client.read_until(b"Z") if kind == b"D"]
+            client.send(message(b"X"))
+            assert client.read_to_end() == b""
+        return rows[0][6:].decode()
+
+    def greeted(self, lines: dict[str, str]) -> None:
+        with RawClient(self.gateway.port) as client:
+            client.log_in(user=self.user(lines))
+
+    def refused(self, lines: dict[str, str]) -> tuple[dict[str, str], str]:
+        """What such a user is told, and what the log says."""
+        return refusal(self.gateway, self.user(lines))
+
+
+@contextlib.contextmanager
+def answering_gateway(folder: Path, **settings: object) -> Iterator[Answering]:
+    script = folder / "authenticator"
+    script.write_text(f'#!/bin/sh\ncat "{folder}/$(sed -n s/^user=//p)"\n')
+    script.chmod(0o755)
+    with running_gateway(folder, script, **settings) as gateway:
+        yield Answering(gateway, folder)
+
+
+class Rewritable:
+    """A gateway whose authenticator is a file that a test writes anew: each login runs what is there at that moment."""
+
+    def __init__(self, gateway: Gateway, script: Path) -> None:
+        self.gateway = gateway
+        self.script = script
+
+    @property
+    def folder(self) -> Path:
+        return self.script.parent
+
+    def becomes(self, body: str, first_line: str = "#!/bin/sh") -> None:
+        new = self.script.with_name("new")
+        new.write_text(f"{first_line}\n{body}\n")
+        new.chmod(0o755)
+        new.rename(self.script)
+
+    def prints(self, output: bytes, then: str = "") -> None:
+        """It prints these bytes, and then does what is said."""
+        printed = self.script.with_name("printed")
+        printed.write_bytes(output)
+        self.becomes(f'cat "{printed}"\n{then}')
+
+
+@contextlib.contextmanager
+def rewritable_gateway(folder: Path, **settings: Any) -> Iterator[Rewritable]:
+    script = folder / "authenticator"
+    script.write_text("#!/bin/sh\nexit 1\n")
+    script.chmod(0o755)
+    with running_gateway(folder, script, **settings) as gateway:
+        yield Rewritable(gateway, script)
