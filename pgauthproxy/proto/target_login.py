@@ -142,6 +142,8 @@ class _Exchange:
                     raise FrameError("a second or cut BackendKeyData")
                 key = body
                 continue
+            if kind == messages.READY_FOR_QUERY and not body:
+                raise FrameError("ReadyForQuery without a status")
             (after_key if key else before_key).append(_wire.message(kind, body))
             if kind == messages.READY_FOR_QUERY:
                 return Greeting(b"".join(before_key), key, b"".join(after_key))
@@ -192,8 +194,8 @@ class _Exchange:
         if not error.sqlstate:
             return TargetFault(CONNECTION_FAILURE, "the target server refused the connection", detail)
         told = NEUTRAL_TEXTS.get(error.sqlstate, "the target server refused the connection")
-        passed = self._pass_text and self._private
-        return TargetFault(error.sqlstate, error.text if passed else told, detail)
+        text = error.text if self._pass_text and self._private else b""
+        return TargetFault(error.sqlstate, text or told, detail)
 
 
 def _cannot(detail: str) -> TargetFault:
