@@ -128,24 +128,14 @@ class Gateway:
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
-    @property
-    def children(self) -> list[int]:
-        """The processes that it has started and not yet collected."""
-        return [pid for pid, parent, _ in _processes() if parent == self.pid]
-
 
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that is dead and not yet collected does not."""
-    return any(found == pid and state not in "ZX" for found, _, state in _processes())
-
-
-def _processes() -> Iterator[tuple[int, int, str]]:
-    """Process ID, parent's ID and state of every process."""
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            pid, _, rest = entry.read_text(errors="replace").partition(" (")
-            state, parent = rest.rpartition(")")[2].split()[:2]
-            yield int(pid), int(parent), state
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2][0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 StartGateway = Callable[..., Gateway]

@@ -91,6 +91,10 @@ async def connect(address: Address, seconds: float, options: TcpOptions) -> sock
     except TimeoutError:
         connection.close()
         raise DialError(f"{address}: no connection in {seconds:g} s") from None
+    except OSError as error:
+        # Of the address itself: a path that is too long for a socket.
+        connection.close()
+        raise DialError(f"{address}: {error.strerror or error}") from None
     except BaseException:
         connection.close()
         raise

@@ -142,6 +142,8 @@ class _Exchange:
             if kind == messages.ERROR_RESPONSE:
                 raise self._refused(body)
             if kind == messages.READY_FOR_QUERY:
+                if not body:
+                    raise FrameError("ReadyForQuery without a status")
                 parts.append(_wire.message(kind, body))
                 return Greeting(before_key, key, b"".join(parts))
             if key or len(body) < 8:
@@ -195,8 +197,8 @@ class _Exchange:
         if not error.sqlstate:
             return TargetFault(CONNECTION_FAILURE, "the target server refused the connection", detail)
         told = NEUTRAL_TEXTS.get(error.sqlstate, "the target server refused the connection")
-        passed = self._pass_text and self._private
-        return TargetFault(error.sqlstate, error.text if passed else told, detail)
+        text = error.text if self._pass_text and self._private else b""
+        return TargetFault(error.sqlstate, text or told, detail)
 
 
 def _cannot(detail: str) -> TargetFault:
