@@ -105,7 +105,8 @@ class CommandAuthenticator:
 
     def _decide(self, run: _spawn.Run) -> Mapping:
         if run.ended_by == _spawn.BY_TIMEOUT:
-            raise AuthenticatorFault(f"authenticator took longer than {self._limits.timeout:g} s")
+            left = f", and process {run.left_behind} cannot be ended" if run.left_behind else ""
+            raise AuthenticatorFault(f"authenticator took longer than {self._limits.timeout:g} s{left}")
         if run.ended_by == _spawn.BY_FLOOD:
             raise AuthenticatorFault(f"authenticator printed more than {self._limits.max_output} bytes")
         if run.status < 0:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Gateway, StartGateway, is_alive
+from tests.conftest import Gateway, StartGateway, WriteAuthenticator, is_alive
 from tests.system.conftest import Rewritable, new_user, refusal, rewritable_gateway, wait_until
 from tests.wire import RawClient, ScriptedTarget, error_fields, greet, message, password, startup
 
@@ -162,6 +162,25 @@ def test_one_that_has_left_its_process_group_is_ended_too(hasty: Rewritable, tar
     hasty.becomes(flees, first_line=f"#!{sys.executable}")
     assert refused(hasty, target) == "authenticator took longer than 1 s"
     assert not [pid for pid in pids_in(pids, 1) if is_alive(pid)]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start what it may not end")
+def test_one_that_cannot_be_ended_holds_nobody_up(
+    start_gateway: StartGateway, authenticator: WriteAuthenticator, target: ScriptedTarget, tmp_path: Path
+) -> None:
+    pid_file = tmp_path / "pid"
+    body = f"[ $user = stuck ] || {{ {printing(target)}; exit; }}\necho $$ > {pid_file}\n"
+    script = authenticator(f"{body}exec setpriv --reuid 65534 --clear-groups sleep 1000")
+    settings = {"timeout": 0.3, "grace": 0.1, "max_parallel": 1}
+    gateway = start_gateway(script, before=["setpriv", "--bounding-set=-kill"], authenticator=settings)
+    _, reason = refusal(gateway, "stuck")
+    (pid,) = pids_in(pid_file, 1)
+    try:
+        assert reason == f"authenticator took longer than 0.3 s, and process {pid} cannot be ended"
+        let_in(gateway)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: let_in(gateway) or not gateway.children, "the process to be reaped with a later one")
 
 
 def test_one_that_takes_too_long_may_tidy_up_and_its_answer_counts_no_more(
@@ -499,7 +518,7 @@ def test_one_that_fails_often_leaves_no_descriptor(
             _, body = client.read_until(b"E")[-1]
             assert error_fields(body)["C"] == ("58000" if missing else "28P01")
     wait_until(lambda: gateway.descriptors == before, f"{before} descriptors instead of {gateway.descriptors}")
-    assert gateway.children == []
+    assert not gateway.children
 
 
 # Nobody waits for it any more
