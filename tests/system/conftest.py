@@ -38,6 +38,18 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.005)
 
 
+def assert_serves(port: int, user: str = "alice") -> None:
+    """A gateway before `postgres` must serve a new client."""
+    with RawClient(port) as client:
+        client.log_in(user=user)
+        client.assert_served()
+
+
+def is_listened_on(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 def write_mapped(script: Path, port: int) -> Path:
     """An authenticator as the fixture `mapped` is: lets everybody but mallory in, as postgres."""
     script.write_text(

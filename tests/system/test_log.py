@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,17 @@ import pytest
 
 from pgauthproxy.throwaway import ThrowawayPostgres, free_port
 from tests.conftest import WAIT_SECONDS, Gateway
-from tests.system.conftest import MODULE, Serve, Serving, configure, environment, wait_until, write_mapped
+from tests.system.conftest import (
+    MODULE,
+    Serve,
+    Serving,
+    assert_serves,
+    configure,
+    environment,
+    is_listened_on,
+    wait_until,
+    write_mapped,
+)
 from tests.wire import RawClient, ScriptedTarget, greet, message, password, query, raw_startup, startup
 
 FORMATS = ["text", "json"]
@@ -366,11 +375,6 @@ def test_the_level_warning_hides_logins_and_shows_what_is_broken(serve: Serve, f
     assert len(serving.text.splitlines()) == 1
 
 
-def is_listened_on(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
 # Credentials
 
 
@@ -488,13 +492,6 @@ def unread(folder: Path, postgres: ThrowawayPostgres) -> Iterator[Unread]:
     unread = Unread(folder)
     yield unread
     unread.end()
-
-
-def assert_serves(port: int, user: str = "alice") -> None:
-    with RawClient(port) as client:
-        client.log_in(user=user)
-        client.send(query("select 42"))
-        assert (b"D", b"\0\x01\0\0\0\x0242") in client.read_until(b"Z")
 
 
 def test_a_log_that_nobody_reads_stops_nobody(unread: Unread) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import resource
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
-from tests.system.conftest import STEPS, Backends, Holding, lives, wait_until
+from tests.system.conftest import STEPS, Backends, Holding, is_listened_on, lives, wait_until
 from tests.wire import RawClient, ScriptedTarget, greet, message, query
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
@@ -24,16 +23,6 @@ ENDED = ("57P01", "terminating connection due to administrator command")
 NOT_NOW = ("57P03", "the gateway is shutting down")
 
 MappedTo = Callable[..., Gateway]
-
-
-def assert_served(client: RawClient) -> None:
-    client.send(query("select 42"))
-    assert (b"D", b"\0\x01\0\0\0\x0242") in client.read_until(b"Z")
-
-
-def is_listened_on(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) != errno.ECONNREFUSED
 
 
 def end(gateway: Gateway) -> int:
@@ -62,10 +51,10 @@ def test_sessions_go_on_and_nobody_new_is_accepted(start_gateway: StartGateway, 
         line = gateway.wait_for("shutting down")
         assert (line["signal"], line["sessions"]) == (signal.Signals(number).name, 2)
         wait_until(lambda: not is_listened_on(gateway.port), "nobody to listen")
-        assert_served(first)
+        first.assert_served()
         first.send(message(b"X"))
         assert first.read_to_end() == b""
-        assert_served(second)
+        second.assert_served()
         second.send(message(b"X"))
     assert end(gateway) == 0
     assert [line["why"] for line in gateway.log_lines("session ended")] == ["client closed"] * 2
@@ -153,7 +142,7 @@ def test_a_second_signal_ends_sessions_at_once(
         client.log_in()
         gateway.process.send_signal(first)
         gateway.wait_for("shutting down")
-        assert_served(client)
+        client.assert_served()
         gateway.process.send_signal(second)
         assert client.read_fatal() == ENDED
     assert end(gateway) == 0
@@ -187,7 +176,7 @@ def test_a_login_in_progress_keeps_no_session_from_going_on(holding: Callable[..
         late.read_message()
         held.gateway.process.send_signal(signal.SIGTERM)
         assert late.read_fatal() == NOT_NOW
-        assert_served(client)
+        client.assert_served()
         client.send(message(b"X"))
     assert end(held.gateway) == 0
 
@@ -208,8 +197,8 @@ def test_a_successor_can_listen_there_while_sessions_go_on(
         new = start_gateway(mapped, listen=[f"127.0.0.1:{old.port}", f"unix:{tmp_path}:5432"])
         with RawClient(new.port) as other:
             other.log_in()
-            assert_served(other)
-        assert_served(client)
+            other.assert_served()
+        client.assert_served()
         client.send(message(b"X"))
     assert end(old) == 0
     assert path.is_socket()
