@@ -33,6 +33,7 @@ MAPPED_PREFIX: Final = "::ffff:"
 
 def open_listeners(settings: Settings) -> list[socket.socket]:
     """Binds everything that is to be listened on, or nothing. Raises ListenError."""
+    _fill_standard_descriptors()
     opened: list[socket.socket] = []
     try:
         for text in settings.listen:
@@ -54,7 +55,6 @@ def serve(settings: Settings, listening: list[socket.socket], sink: Sink) -> Non
 
 def prepare_process(settings: Settings, sink: Sink) -> Settings:
     """Closes what credentials could leak through, raises the limit on descriptors; returns the settings that fit it."""
-    _fill_standard_descriptors()
     _spawn.keep_descriptors_private()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

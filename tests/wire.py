@@ -11,6 +11,8 @@ from types import TracebackType
 SECONDS = 20
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 GSSENC_REQUEST = struct.pack("!ii", 8, 80877104)
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+"""The value of SO_LINGER that makes a close a reset."""
 
 
 def startup(version: int = 196608, **parameters: str) -> bytes:
@@ -110,6 +112,11 @@ class RawClient:
         assert (kind, body[:4]) == (b"R", b"\0\0\0\x05"), (kind, body)
         self.send(password())
         return self.read_until(b"Z")
+
+    def assert_served(self) -> None:
+        """A query must be answered."""
+        self.send(query("select 42"))
+        assert (b"D", b"\0\x01\0\0\0\x0242") in self.read_until(b"Z")
 
 
 class ScriptedTarget:

@@ -12,7 +12,7 @@ import re
 import select
 import time
 from collections import deque
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any, Final
 
 import msgspec
@@ -31,7 +31,7 @@ from pgauthproxy.events import (
 from pgauthproxy.stages import Started
 
 MAX_VALUE: Final = 256
-"""Characters of one value; longer ones are cut."""
+"""Bytes of one value in UTF-8; longer ones are cut. A line of them all must fit PIPE_BYTES, quoted."""
 MAX_WAITING: Final = 10_000
 """Lines that wait for a reader of standard error."""
 RETRY_SECONDS: Final = 0.2
@@ -50,7 +50,8 @@ def printable(value: bytes | str) -> str:
         text = "".join(
             char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
         )
-    return text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + "…"
+    encoded = text.encode()
+    return text if len(encoded) <= MAX_VALUE else encoded[:MAX_VALUE].decode(errors="ignore") + "…"
 
 
 def _milliseconds(seconds: float) -> float:
@@ -60,8 +61,10 @@ def _milliseconds(seconds: float) -> float:
 class LineWriter:
     """Writes lines to a descriptor without ever waiting for its reader."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, dropped_line: Callable[[int], str]) -> None:
+        """`dropped_line` words how many lines nobody read."""
         self._descriptor = descriptor
+        self._dropped_line = dropped_line
         self._waiting: deque[bytes] = deque()
         self._dropped = 0
         self._retry: asyncio.TimerHandle | None = None
@@ -79,13 +82,12 @@ class LineWriter:
 
     def flush(self) -> None:
         """Writes what the reader takes now, and sees to the rest later."""
-        self._cancel_retry()
         while self._waiting or self._dropped:
             if not self._poll.poll(0):
                 self._try_later()
                 return
             if not self._waiting:
-                self._waiting.append(b"%d lines of the log were dropped: nobody read them\n" % self._dropped)
+                self._waiting.append(self._dropped_line(self._dropped).encode() + b"\n")
                 self._dropped = 0
             chunk = self._next_chunk()
             try:
@@ -107,17 +109,18 @@ class LineWriter:
         return chunk
 
     def _try_later(self) -> None:
+        if self._retry is not None:
+            return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             # Before or after the loop's life: the next line tries again.
             return
-        self._retry = loop.call_later(RETRY_SECONDS, self.flush)
+        self._retry = loop.call_later(RETRY_SECONDS, self._try_again)
 
-    def _cancel_retry(self) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
+    def _try_again(self) -> None:
+        self._retry = None
+        self.flush()
 
 
 def render_text(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
@@ -145,12 +148,18 @@ class LogSink:
     """
 
     def __init__(self, log_format: str, level: str, descriptor: int = STDERR) -> None:
-        self._writer = LineWriter(descriptor)
-        self._waiting: list[tuple[float, Event]] = []
         # One step: the level's name and the time are put in where the line is made.
+        render = render_json if log_format == "json" else render_text
+
+        def dropped_line(count: int) -> str:
+            what = "lines of the log were dropped: nobody read them"
+            return render(None, "warning", {"at": time.time(), "lines": count, "event": what})
+
+        self._writer = LineWriter(descriptor, dropped_line)
+        self._waiting: list[tuple[float, Event]] = []
         self._logger: Any = structlog.wrap_logger(
             self._writer,
-            processors=[render_json if log_format == "json" else render_text],
+            processors=[render],
             wrapper_class=structlog.make_filtering_bound_logger(level),
         ).bind()
 

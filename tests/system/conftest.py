@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +25,10 @@ from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
 from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, message, password, query, startup
 
 PASSWORD = "of no importance"
+MODULE = [sys.executable, "-m", "pgauthproxy"]
+LISTENING = re.compile(r'listening.*?address="?([^\s"]+)|"address":"([^"]+)"')
+
+environment = {name: value for name, value in os.environ.items() if not name.startswith("PGPROXY_")}
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -30,6 +37,18 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {WAIT_SECONDS} s for {what}"
         time.sleep(0.005)
+
+
+def assert_serves(port: int, user: str = "alice") -> None:
+    """A gateway before `postgres` must serve a new client."""
+    with RawClient(port) as client:
+        client.log_in(user=user)
+        client.assert_served()
+
+
+def is_listened_on(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def write_mapped(script: Path, port: int) -> Path:
@@ -381,3 +400,88 @@ def rewritable_gateway(folder: Path, **settings: Any) -> Iterator[Rewritable]:
     script.chmod(0o755)
     with running_gateway(folder, script, **settings) as gateway:
         yield Rewritable(gateway, script)
+class Serving:
+    """A gateway that was started as anybody would; its log is text in a file."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, pattern: str | re.Pattern[str], count: int = 1) -> list[str]:
+        """What the pattern found in the log, once it was found so often."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while len(found := re.findall(pattern, self.text)) < count:
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.text}"
+            assert self.process.poll() is None, self.text
+            time.sleep(0.01)
+        return found
+
+    def addresses(self, count: int = 1) -> list[str]:
+        return ["".join(either) for either in self.wait_for(LISTENING, count)]
+
+    @property
+    def port(self) -> int:
+        return int(self.addresses()[0].rpartition(":")[2])
+
+    def asks_for(self) -> bytes:
+        """The authentication request that a client gets."""
+        with RawClient(self.port) as client:
+            client.send(startup())
+            kind, body = client.read_message()
+        assert kind == b"R"
+        return body[:4]
+
+
+Serve = Callable[..., Serving]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Starts pgauthproxy in a folder of its own, without any flag but those given."""
+    started: list[Serving] = []
+
+    def start(*arguments: str, **variables: str) -> Serving:
+        log = tmp_path / f"log{len(started)}"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*MODULE, *arguments],
+                stdin=subprocess.DEVNULL,
+                stderr=output,
+                cwd=tmp_path,
+                env=environment | variables,
+            )
+        started.append(Serving(process, log))
+        return started[-1]
+
+    yield start
+    for serving in started:
+        if serving.process.poll() is None:
+            serving.process.send_signal(signal.SIGTERM)
+        try:
+            status = serving.process.wait(WAIT_SECONDS)
+        finally:
+            serving.process.kill()
+            serving.process.wait()
+        assert status == 0, serving.text
+        assert "Traceback" not in serving.text
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The working directory: it holds an authenticator that refuses everybody, and nothing else."""
+    script = tmp_path / "authenticator"
+    script.write_text("#!/bin/sh\ncat >/dev/null\nexit 1\n")
+    script.chmod(0o755)
+    return tmp_path
+
+
+def configure(folder: Path, name: str = "pgauthproxy.yaml", **settings: object) -> Path:
+    """Writes a configuration with the authenticator of the folder."""
+    content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": {"cmd": ["./authenticator"]}}
+    file = folder / name
+    file.write_text(yaml.safe_dump(content | settings))
+    return file

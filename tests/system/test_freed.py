@@ -16,13 +16,12 @@ import yaml
 from pgauthproxy.throwaway import ThrowawayPostgres, free_port
 from tests.conftest import Gateway
 from tests.system.conftest import wait_until
-from tests.wire import SSL_REQUEST, RawClient, error_fields, message, password, query, startup
+from tests.wire import RESET_ON_CLOSE, SSL_REQUEST, RawClient, error_fields, message, password, query, startup
 
 FEW, MANY = 50, 300
 MAX_PARALLEL = 4
 STRAY = 20
 """Objects that may differ between two runs for the interpreter's own reasons; far fewer than the sessions."""
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 # Runs the gateway with the collector off, and at its end says what there would have been to collect.
 WITHOUT_COLLECTOR = """
