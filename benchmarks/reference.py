@@ -49,22 +49,36 @@ class Framer:
         return body
 
     def message(self) -> tuple[int, bytes] | None:
-        if not self._bytes:
+        size = self._size_at(0)
+        if size == 0:
             return None
         message_type = self._bytes[0]
+        body = bytes(self._bytes[HEADER_BYTES:size])
+        del self._bytes[:size]
+        return message_type, body
+
+    def run(self, types: bytes) -> bytes:
+        end = 0
+        while (size := self._size_at(end)) and self._bytes[end] in types:
+            end += size
+        whole = bytes(self._bytes[:end])
+        del self._bytes[:end]
+        return whole
+
+    def _size_at(self, start: int) -> int:
+        here = len(self._bytes) - start
+        if here < 1:
+            return 0
+        message_type = self._bytes[start]
         limit = self._limits.get(message_type, 0)
         if limit == 0:
             raise FrameError(f"message of type 0x{message_type:02x}")
-        if len(self._bytes) < HEADER_BYTES:
-            return None
-        length = int.from_bytes(self._bytes[1:HEADER_BYTES])
+        if here < HEADER_BYTES:
+            return 0
+        length = int.from_bytes(self._bytes[start + 1 : start + HEADER_BYTES])
         if not LENGTH_BYTES <= length <= limit:
             raise FrameError(f"message of length {length}")
-        if len(self._bytes) < length + 1:
-            return None
-        body = bytes(self._bytes[HEADER_BYTES : length + 1])
-        del self._bytes[: length + 1]
-        return message_type, body
+        return length + 1 if here > length else 0
 
     def take_rest(self) -> bytes:
         rest = bytes(self._bytes)
@@ -151,12 +165,7 @@ class End(asyncio.BufferedProtocol):
 
     @property
     def has_finished(self) -> bool:
-        return self._at_eof or self._tail.endswith(TERMINATE)
-
-    @property
-    def data_received(self) -> None:
-        """None, as `_relay.End` says why."""
-        return None
+        return self._at_eof or self._ends_in_terminate()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._space
@@ -177,9 +186,12 @@ class End(asyncio.BufferedProtocol):
             assert self._session is not None
             self._session.target_finished()
             return False
-        if self._peer is not None:
+        if self._peer is not None and not self._ends_in_terminate():
             self._peer.transport.write_eof()
         return True
+
+    def _ends_in_terminate(self) -> bool:
+        return self._tail.endswith(TERMINATE)
 
     def pause_writing(self) -> None:
         self.holding = True

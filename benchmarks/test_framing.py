@@ -52,6 +52,14 @@ def read_messages(wire: ModuleType, chunks: list[bytes]) -> list[tuple[int, byte
     return found
 
 
+def pass_on(wire: ModuleType) -> bytes:
+    """A greeting whose messages nobody looks at."""
+    framer = wire.Framer(LIMITS)
+    framer.feed(GREETING)
+    whole: bytes = framer.run(b"RSKZ")
+    return whole
+
+
 def read_login(wire: ModuleType) -> tuple[bytes, tuple[int, bytes]]:
     """What a client sends until it is let in."""
     framer = wire.Framer({})
@@ -67,6 +75,7 @@ def test_both_read_the_same(size: int) -> None:
     for stream in (GREETING, GREETING * 10 + PASSWORD):
         assert read_messages(_wire, pieces(stream, size)) == read_messages(reference, pieces(stream, size))
     assert read_login(_wire) == read_login(reference)
+    assert pass_on(_wire) == pass_on(reference) == GREETING
     assert read_messages(_wire, pieces(LARGE, SEGMENT)) == read_messages(reference, pieces(LARGE, SEGMENT))
 
 
@@ -94,6 +103,12 @@ def test_reading_a_clients_login(benchmark: BenchmarkFixture, wire: Any) -> None
 @pytest.mark.benchmark(group="framing: a target's greeting, 17 messages in one piece")
 def test_reading_a_greeting(benchmark: BenchmarkFixture, wire: Any) -> None:
     assert len(benchmark(read_messages, wire, [GREETING])) == 17
+
+
+@both
+@pytest.mark.benchmark(group="framing: a target's greeting, 17 messages that are only passed on")
+def test_passing_a_greeting_on(benchmark: BenchmarkFixture, wire: Any) -> None:
+    assert benchmark(pass_on, wire) == GREETING
 
 
 @both

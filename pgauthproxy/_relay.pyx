@@ -95,6 +95,7 @@ cdef class End:
             if not self.eof_received():
                 self.transport.close()
         elif not peer._holding:
+            # The leg before may have paused it.
             self.transport.resume_reading()
 
     @property
@@ -105,17 +106,12 @@ cdef class End:
     @property
     def has_finished(self):
         """Whether this side has ended the session in order: by a Terminate, or by saying that it sends nothing more."""
-        return self._at_eof or memcmp(self._tail + READY_BYTES - TERMINATE_BYTES, TERMINATE, TERMINATE_BYTES) == 0
+        return self._at_eof or self._ends_in_terminate()
 
     @property
     def holding(self):
         """Whether the transport has bytes that its socket did not take yet."""
         return self._holding
-
-    @property
-    def data_received(self):
-        """None. uvloop's transports keep the last protocol's method, and so that protocol, unless the next has one."""
-        return None
 
     def get_buffer(self, Py_ssize_t size_hint):
         return self._buffer.space
@@ -148,7 +144,8 @@ cdef class End:
         if self._broken:
             # No half-close: the send that failed took the reset, so that the read says end of file.
             return False
-        if self._peer is not None and not self._peer._broken:
+        # A target that was sent a Terminate closes by itself, and is spared a packet.
+        if self._peer is not None and not self._peer._broken and not self._ends_in_terminate():
             self._peer.transport.write_eof()
         return True
 
@@ -175,6 +172,9 @@ cdef class End:
         if session is not None:
             session.end_lost(self, error)
 
+    cdef inline bint _ends_in_terminate(self) noexcept:
+        return memcmp(self._tail + READY_BYTES - TERMINATE_BYTES, TERMINATE, TERMINATE_BYTES) == 0
+
     cdef int _peer_refused(self) except -1:
         self._peer._broken = True
         if self._holding or self._peer._at_eof:
@@ -193,7 +193,7 @@ cdef class End:
 
 
 def join(End one not None, End other not None):
-    """Sets two ends back to back and makes them the protocols of their transports, whose reading is paused."""
+    """Sets two ends back to back and makes them the protocols of their transports, which hold nothing to be written."""
     one._peer = other
     other._peer = one
     for end in (one, other):

@@ -124,6 +124,7 @@ cdef extern from *:
     enum: POLLIN, POLLOUT, SIGTERM, SIGKILL
     int poll(pollfd *fds, unsigned long count, int timeout) nogil
     int kill(pid_t pid, int signal) nogil
+    pid_t getpgid(pid_t pid) nogil
     pid_t waitpid(pid_t pid, int *status, int options) nogil
     ssize_t read(int fd, void *at, size_t count) nogil
     ssize_t write(int fd, const void *at, size_t count) nogil
@@ -161,6 +162,9 @@ cdef enum:
     PIPE_BYTES = 1 << 20  # the most that a pipe holds
     FIRST_BYTES = 1024
     POLL_WITHOUT_PIDFD_MS = 5
+
+cdef double SOON_SECONDS = 0.05
+cdef double KILL_SECONDS = 1.0
 
 BY_EXIT = ENDED_BY_EXIT
 BY_TIMEOUT = ENDED_BY_TIMEOUT
@@ -254,6 +258,7 @@ cdef struct Job:
     int status
     int failure
     int stop_fd
+    pid_t left_behind
     bint stopped
 
 
@@ -366,10 +371,11 @@ cdef void run_process(Shared *shared, Job *job, int stop_fd) noexcept nogil:
         job.err.fd = err_pipe[0]
         pid_fd = pgap_pidfd_open(pid)
         job.ended_by = attend(pid, pid_fd, stop_fd, now() + shared.timeout, &in_pipe[1], data, size, job)
-        if job.ended_by != ENDED_BY_EXIT:
-            end_group(pid, pid_fd, 0 if shared.closing else shared.grace)
-        while waitpid(pid, &job.status, 0) < 0 and errno == EINTR:
-            pass
+        if job.ended_by == ENDED_BY_EXIT or end_group(pid, pid_fd, 0 if shared.closing else shared.grace):
+            while waitpid(pid, &job.status, 0) < 0 and errno == EINTR:
+                pass
+        else:
+            job.left_behind = pid
         pgap_close(&pid_fd)
         out_pipe[0] = job.out.fd
         err_pipe[0] = job.err.fd
@@ -381,26 +387,35 @@ cdef void run_process(Shared *shared, Job *job, int stop_fd) noexcept nogil:
 cdef int attend(
     pid_t pid, int pid_fd, int stop_fd, double deadline, int *in_fd, const char *data, Py_ssize_t size, Job *job
 ) noexcept nogil:
-    """Serves the three pipes until the process is gone or must go; returns what ended it."""
+    """Serves the three pipes until the process is gone or must go; returns what ended it.
+
+    Being woken is what this costs. A command that is soon gone has what it said in the pipes, and nothing but its exit
+    wakes us; one that takes longer may have filled them, and is read from then on.
+    """
     cdef pollfd[5] polled
     cdef Sink *out = &job.out
     cdef Sink *err = &job.err
+    cdef double started = now()
+    cdef double time = started
     cdef double left
-    cdef bint exited
+    cdef bint exited, reading
     while True:
+        reading = pid_fd < 0 or time - started >= SOON_SECONDS
         polled[0].fd = pid_fd
         polled[1].fd = stop_fd
         polled[2].fd = in_fd[0]
-        polled[3].fd = out.fd
-        polled[4].fd = err.fd
+        polled[3].fd = out.fd if reading else -1
+        polled[4].fd = err.fd if reading else -1
         polled[0].events = polled[1].events = polled[3].events = polled[4].events = POLLIN
         polled[2].events = POLLOUT
-        left = deadline - now()
+        left = deadline - time
         if left <= 0:
             return ENDED_BY_TIMEOUT
         left = min(left * 1000 + 1, 1e6)
         if pid_fd < 0:
             left = min(left, POLL_WITHOUT_PIDFD_MS)
+        elif not reading:
+            left = min(left, SOON_SECONDS * 1000 + 1)
         polled[0].revents = polled[1].revents = polled[2].revents = polled[3].revents = polled[4].revents = 0
         poll(polled, 5, <int>left)
         # Asked before the pipes are read: what the process wrote before it went is in them by then.
@@ -417,23 +432,42 @@ cdef int attend(
             return ENDED_BY_FLOOD
         if exited:
             return ENDED_BY_EXIT
+        time = now()
 
 
-cdef void end_group(pid_t pid, int pid_fd, double grace) noexcept nogil:
-    """TERM, and KILL when the leader is gone or the grace is over. It is not reaped yet: the group is still its own."""
+cdef bint end_group(pid_t pid, int pid_fd, double grace) noexcept nogil:
+    """TERM, and KILL when the leader is gone or the grace is over. It is not reaped yet: the group is still its own.
+
+    False if it is still there: another user's, or stuck in the kernel. Nobody waits for that.
+    """
+    signal_group(pid, SIGTERM)
+    is_gone(pid, pid_fd, grace)
+    signal_group(pid, SIGKILL)
+    return is_gone(pid, pid_fd, KILL_SECONDS)
+
+
+cdef bint is_gone(pid_t pid, int pid_fd, double seconds) noexcept nogil:
+    """Waits so long for the exit, at most."""
     cdef pollfd polled
-    cdef double deadline = now() + grace
-    cdef double left = grace
-    kill(-pid, SIGTERM)
-    while left > 0:
+    cdef double deadline = now() + seconds
+    cdef double left = seconds
+    while True:
         polled.fd = pid_fd
         polled.events = POLLIN
         polled.revents = 0
-        poll(&polled, 1, <int>(left * 1000 + 1) if pid_fd >= 0 else POLL_WITHOUT_PIDFD_MS)
+        poll(&polled, 1, <int>(left * 1000) if pid_fd >= 0 else POLL_WITHOUT_PIDFD_MS)
         if polled.revents or (pid_fd < 0 and pgap_exited(pid)):
-            break
+            return True
         left = deadline - now()
-    kill(-pid, SIGKILL)
+        if left <= 0:
+            return False
+
+
+cdef void signal_group(pid_t pid, int number) noexcept nogil:
+    """The leader gets it too if it has moved to another group."""
+    kill(-pid, number)
+    if getpgid(pid) != pid:
+        kill(pid, number)
 
 
 @cython.final
@@ -442,7 +476,8 @@ cdef class Run:
 
     Once collected: `ended_by` is one of BY_EXIT, BY_TIMEOUT, BY_STOP, BY_FLOOD; `failure` the errno for which the
     command could not be started, else 0; `status` the exit status, or minus the signal's number; `output` and
-    `errors` what was collected (bytes), `errors_dropped` how many bytes of errors were not. `done` is the caller's.
+    `errors` what was collected (bytes), `errors_dropped` how many bytes of errors were not; `left_behind` the process
+    that could not be ended, else 0. `done` is the caller's.
     """
 
     cdef Job _job
@@ -478,6 +513,10 @@ cdef class Run:
     def errors_dropped(self):
         return self._job.err.dropped
 
+    @property
+    def left_behind(self):
+        return self._job.left_behind
+
     def stop(self):
         """Ends the run, or takes it out of the queue; it is collected as any other. Does not wait; may be repeated."""
         if self._shared is NULL:
@@ -503,6 +542,7 @@ cdef class Runner:
     cdef Py_ssize_t _max_errors
     cdef int[2] _over_ends
     cdef list _kept
+    cdef list _left_behind
     cdef dict _runs
 
     def __cinit__(
@@ -520,6 +560,7 @@ cdef class Runner:
         if max_parallel < 1:
             raise ValueError("at least one run at once")
         self._kept = argv + environment
+        self._left_behind = []
         self._shared.argv = words(argv)
         self._shared.environment = words(environment)
         self._shared.timeout = timeout_seconds
@@ -591,10 +632,15 @@ cdef class Runner:
             job = pop(&self._shared.over)
             pthread_mutex_unlock(&self._shared.lock)
             if job is NULL:
-                return collected
+                break
             run = <Run>self._runs.pop(<size_t>job)
             (<Run>run)._shared = NULL
             collected.append(run)
+            if job.left_behind:
+                self._left_behind.append(job.left_behind)
+        # Whoever could not be ended may have gone by itself since.
+        self._left_behind = [pid for pid in self._left_behind if os.waitpid(pid, os.WNOHANG)[0] == 0]
+        return collected
 
     def close(self):
         """Ends what runs, at once, and waits until it is gone. What was queued is never started."""

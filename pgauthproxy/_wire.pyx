@@ -86,28 +86,30 @@ cdef class Framer:
 
         Raises FrameError if its type may not come, or its length is under 4 or above the limit of its type.
         """
+        cdef Py_ssize_t size = self._size_at(self._start)
         cdef const uint8_t *at = self._at()
-        cdef Py_ssize_t here = PyByteArray_GET_SIZE(self._bytes) - self._start
-        cdef uint32_t length
-        cdef uint8_t message_type
-        if here < 1:
+        if size == 0:
             return None
         message_type = at[0]
-        if self._limits[message_type] == 0:
-            raise FrameError(f"message of type 0x{message_type:02x}, which may not come here")
-        if here < HEADER_BYTES:
-            return None
-        length = load_uint32(at + 1)
-        if length < LENGTH_BYTES or length > self._limits[message_type]:
-            raise FrameError(
-                f"message '{message_type:c}' of length {length}, "
-                f"allowed are {LENGTH_BYTES} to {self._limits[message_type]}"
-            )
-        if here < <Py_ssize_t>length + 1:
-            return None
-        body = PyBytes_FromStringAndSize(<const char *>at + HEADER_BYTES, <Py_ssize_t>length - LENGTH_BYTES)
-        self._consume(<Py_ssize_t>length + 1)
+        body = PyBytes_FromStringAndSize(<const char *>at + HEADER_BYTES, size - HEADER_BYTES)
+        self._consume(size)
         return message_type, body
+
+    def run(self, bytes types not None):
+        """All next messages that are of these types, one behind the other as they came; empty if there are none.
+
+        Raises FrameError as `message` does.
+        """
+        cdef Py_ssize_t end = self._start
+        cdef Py_ssize_t size
+        while True:
+            size = self._size_at(end)
+            if size == 0 or PyByteArray_AS_STRING(self._bytes)[end] not in types:
+                break
+            end += size
+        whole = PyBytes_FromStringAndSize(<const char *>self._at(), end - self._start)
+        self._consume(end - self._start)
+        return whole
 
     def take_rest(self):
         """Everything that is left, in order; the framer is empty then."""
@@ -115,6 +117,27 @@ cdef class Framer:
         self._bytes = bytearray()
         self._start = 0
         return rest
+
+    cdef Py_ssize_t _size_at(self, Py_ssize_t start) except -1:
+        """How many bytes the message that starts there takes, its header included; 0 if it is not all here."""
+        cdef const uint8_t *at = <const uint8_t *>PyByteArray_AS_STRING(self._bytes) + start
+        cdef Py_ssize_t here = PyByteArray_GET_SIZE(self._bytes) - start
+        cdef uint32_t length
+        cdef uint8_t message_type
+        if here < 1:
+            return 0
+        message_type = at[0]
+        if self._limits[message_type] == 0:
+            raise FrameError(f"message of type 0x{message_type:02x}, which may not come here")
+        if here < HEADER_BYTES:
+            return 0
+        length = load_uint32(at + 1)
+        if length < LENGTH_BYTES or length > self._limits[message_type]:
+            raise FrameError(
+                f"message '{message_type:c}' of length {length}, "
+                f"allowed are {LENGTH_BYTES} to {self._limits[message_type]}"
+            )
+        return <Py_ssize_t>length + 1 if here > <Py_ssize_t>length else 0
 
     cdef const uint8_t *_at(self) noexcept:
         return <const uint8_t *>PyByteArray_AS_STRING(self._bytes) + self._start

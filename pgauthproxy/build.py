@@ -9,7 +9,7 @@ from pgauthproxy.events import AuthenticatorSaid, Sink
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.session import Gateway
-from pgauthproxy.gateway.target_leg import TargetPolicy
+from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
 from pgauthproxy.proto.target_login import TargetLimits
 
@@ -39,9 +39,26 @@ def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     )
 
 
-def build_gateway(settings: Settings, sink: Sink, max_clients: int) -> Gateway:
-    """A gateway that serves nobody yet; `max_clients` is what the machine allows of what the settings ask for."""
+def build_targets(settings: Settings) -> Targets:
+    """The way to targets, with the buffer that all sessions forward through."""
     target = settings.target
+    policy = TargetPolicy(
+        connect_timeout=target.connect_timeout,
+        login_timeout=target.login_timeout,
+        error_text=target.error_text,
+        limits=TargetLimits(
+            auth_request=target.max_auth_request,
+            error=target.max_error,
+            message=target.max_message,
+            scram_iterations=target.max_scram_iterations,
+        ),
+        tcp=tcp_options(settings),
+    )
+    return Targets(policy, _relay.ForwardBuffer(settings.buffer_size))
+
+
+def build_gateway(settings: Settings, sink: Sink) -> Gateway:
+    """A gateway that serves nobody yet."""
     return Gateway(
         authenticator=build_authenticator(settings, sink),
         client=ClientPolicy(
@@ -49,22 +66,10 @@ def build_gateway(settings: Settings, sink: Sink, max_clients: int) -> Gateway:
             max_startup_packet=settings.max_startup_packet,
             max_password_message=settings.max_password_message,
         ),
-        target=TargetPolicy(
-            connect_timeout=target.connect_timeout,
-            login_timeout=target.login_timeout,
-            error_text=target.error_text,
-            limits=TargetLimits(
-                auth_request=target.max_auth_request,
-                error=target.max_error,
-                message=target.max_message,
-                scram_iterations=target.max_scram_iterations,
-            ),
-            tcp=tcp_options(settings),
-        ),
-        limits=Limits(max_clients, settings.max_logins),
+        targets=build_targets(settings),
+        limits=Limits(settings.max_clients, settings.max_logins),
         login_timeout=settings.login_timeout,
         cancel_timeout=settings.cancel_timeout,
         close_timeout=settings.close_timeout,
-        buffer=_relay.ForwardBuffer(settings.buffer_size),
         sink=sink,
     )

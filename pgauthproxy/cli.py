@@ -14,7 +14,7 @@ from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
 from pgauthproxy.events import Noticed
 from pgauthproxy.net import listen
-from pgauthproxy.ops.log import LogSink, make_logger
+from pgauthproxy.ops.log import LogSink
 
 BROKEN: Final = 2
 """Exit status: the settings, the authenticator or an address cannot be used."""
@@ -105,14 +105,17 @@ def _serve(loaded: Loaded) -> None:
     settings = loaded.settings
     if faults := _faults(loaded):
         _fail(*faults)
-    sink = LogSink(make_logger(settings.log.format, settings.log.level))
+    sink = LogSink(settings.log.format, settings.log.level)
     for warning in loaded.warnings:
         sink(Noticed("warning", warning))
     try:
         listening = worker.open_listeners(settings)
     except listen.ListenError as error:
         _fail(str(error))
-    worker.serve(settings, listening, sink)
+    try:
+        worker.serve(settings, listening, sink)
+    finally:
+        sink.flush()
 
 
 @_command.command()

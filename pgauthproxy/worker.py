@@ -9,6 +9,7 @@ import socket
 import sys
 from typing import Any, Final
 
+import msgspec
 import uvloop
 
 from pgauthproxy import _spawn
@@ -32,6 +33,7 @@ MAPPED_PREFIX: Final = "::ffff:"
 
 def open_listeners(settings: Settings) -> list[socket.socket]:
     """Binds everything that is to be listened on, or nothing. Raises ListenError."""
+    _fill_standard_descriptors()
     opened: list[socket.socket] = []
     try:
         for text in settings.listen:
@@ -48,24 +50,37 @@ def open_listeners(settings: Settings) -> list[socket.socket]:
 
 def serve(settings: Settings, listening: list[socket.socket], sink: Sink) -> None:
     """Runs until a signal ends it."""
-    max_clients = prepare_process(settings, sink)
-    uvloop.run(Worker(settings, sink, max_clients).run(listening))
+    uvloop.run(Worker(prepare_process(settings, sink), sink).run(listening))
 
 
-def prepare_process(settings: Settings, sink: Sink) -> int:
-    """Closes what credentials could leak through, raises the limit on descriptors; returns how many clients fit."""
-    _fill_standard_descriptors()
+def prepare_process(settings: Settings, sink: Sink) -> Settings:
+    """Closes what credentials could leak through, raises the limit on descriptors; returns the settings that fit it."""
     _spawn.keep_descriptors_private()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return settings if hard == resource.RLIM_INFINITY else _fitting(settings, hard, sink)
+
+
+def _fitting(settings: Settings, descriptors: int, sink: Sink) -> Settings:
+    """The settings with no more clients and logins than there are descriptors for.
+
+    A login that has not named itself holds one; there may be max_logins of them besides the clients.
+    """
     reserved = DESCRIPTORS_FOR_ITSELF + DESCRIPTORS_OF_AN_AUTHENTICATOR * settings.authenticator.max_parallel
-    fitting = max(1, (hard - reserved) // DESCRIPTORS_OF_A_SESSION)
-    if hard == resource.RLIM_INFINITY or fitting >= settings.max_clients:
-        return settings.max_clients
-    facts = (("max_clients", fitting), ("asked_for", settings.max_clients), ("descriptors", hard))
-    sink(Noticed("warning", "max_clients lowered to what the limit on descriptors allows", facts))
-    return fitting
+    free = descriptors - reserved
+    if settings.max_clients * DESCRIPTORS_OF_A_SESSION + settings.max_logins <= free:
+        return settings
+    max_logins = min(settings.max_logins, max(1, free // 4))
+    max_clients = min(settings.max_clients, max(1, (free - max_logins) // DESCRIPTORS_OF_A_SESSION))
+    for name, fitting, asked_for in (
+        ("max_clients", max_clients, settings.max_clients),
+        ("max_logins", max_logins, settings.max_logins),
+    ):
+        if fitting < asked_for:
+            facts = ((name, fitting), ("asked_for", asked_for), ("descriptors", descriptors))
+            sink(Noticed("warning", f"{name} lowered to what the limit on descriptors allows", facts))
+    return msgspec.structs.replace(settings, max_clients=max_clients, max_logins=max_logins)
 
 
 def _fill_standard_descriptors() -> None:
@@ -78,10 +93,10 @@ def _fill_standard_descriptors() -> None:
 class Worker:
     """States, in order: starting, serving, draining (first signal), ended."""
 
-    def __init__(self, settings: Settings, sink: Sink, max_clients: int) -> None:
+    def __init__(self, settings: Settings, sink: Sink) -> None:
         self._settings = settings
         self._sink = sink
-        self._gateway: Gateway = build_gateway(settings, sink, max_clients)
+        self._gateway: Gateway = build_gateway(settings, sink)
         self._listeners: list[Listener] = []
         self._sessions_begun = 0
         self._signals = 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,9 +93,49 @@ class Gateway:
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
     @property
+    def sockets(self) -> int:
+        """How many of its descriptors are sockets."""
+        count = 0
+        for descriptor in Path(f"/proc/{self.pid}/fd").iterdir():
+            # It may be closed by now.
+            with contextlib.suppress(FileNotFoundError):
+                count += str(descriptor.readlink()).startswith("socket:")
+        return count
+
+    @property
+    def children(self) -> set[int]:
+        """Its processes, those included that are gone and not yet reaped."""
+        found: set[int] = set()
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            # The thread may be gone by now.
+            with contextlib.suppress(FileNotFoundError):
+                found.update(map(int, (thread / "children").read_text().split()))
+        return found
+
+    @property
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @property
     def resident_bytes(self) -> int:
         fields = Path(f"/proc/{self.pid}/statm").read_text().split()
         return int(fields[1]) * 4096
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that it ever had."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not yet collected does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2][0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 StartGateway = Callable[..., Gateway]

@@ -11,6 +11,8 @@ from types import TracebackType
 SECONDS = 20
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 GSSENC_REQUEST = struct.pack("!ii", 8, 80877104)
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+"""The value of SO_LINGER that makes a close a reset."""
 
 
 def startup(version: int = 196608, **parameters: str) -> bytes:
@@ -87,6 +89,12 @@ class RawClient:
         assert self.read_to_end() == b""
         return error_fields(body)
 
+    def read_fatal(self) -> tuple[str, str]:
+        """SQLSTATE and text of the error that must come next and be final, in PostgreSQL's form."""
+        error = self.read_error()
+        assert error["S"] == error["V"] == "FATAL"
+        return error["C"], error["M"]
+
     def read_to_end(self) -> bytes:
         """All that comes until the connection closes, by a reset or in order."""
         data = b""
@@ -105,13 +113,18 @@ class RawClient:
         self.send(password())
         return self.read_until(b"Z")
 
+    def assert_served(self) -> None:
+        """A query must be answered."""
+        self.send(query("select 42"))
+        assert (b"D", b"\0\x01\0\0\0\x0242") in self.read_until(b"Z")
+
 
 class ScriptedTarget:
     """A target that does what `script(connection)` does, for each connection, in a thread of its own."""
 
-    def __init__(self, script: Callable[[socket.socket], None]) -> None:
+    def __init__(self, script: Callable[[socket.socket], None], host: str = "127.0.0.1") -> None:
         self._script = script
-        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening = socket.create_server((host, 0))
         self.port: int = self._listening.getsockname()[1]
         self.failures: list[BaseException] = []
         self._open: list[socket.socket] = []

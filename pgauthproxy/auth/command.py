@@ -7,12 +7,16 @@ import signal
 from collections.abc import Callable, Sequence
 from collections.abc import Mapping as Environment
 from dataclasses import dataclass
+from typing import Final
 
 from pgauthproxy import _spawn
 from pgauthproxy.auth import fields
 from pgauthproxy.auth.model import Denied, Question
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.stages import Mapping
+
+MAX_SAID_LINES: Final = 256
+"""Lines of one run's standard error that reach the log: each costs the loop some microseconds."""
 
 SaidSink = Callable[[str, tuple[str, ...], int], None]
 """Gets a session's id, the lines of standard error, and how many bytes were dropped."""
@@ -92,12 +96,17 @@ class CommandAuthenticator:
                 run.done.set_result(None)
 
     def _report(self, session: str, run: _spawn.Run) -> None:
-        lines = run.errors.decode(errors="backslashreplace").split("\n")
-        self._said(session, tuple(line for line in lines if line.strip()), run.errors_dropped)
+        lines = run.errors.split(b"\n", MAX_SAID_LINES)
+        dropped = run.errors_dropped
+        if len(lines) > MAX_SAID_LINES:
+            dropped += len(lines.pop())
+        said = (line.decode(errors="backslashreplace") for line in lines if line.strip())
+        self._said(session, tuple(said), dropped)
 
     def _decide(self, run: _spawn.Run) -> Mapping:
         if run.ended_by == _spawn.BY_TIMEOUT:
-            raise AuthenticatorFault(f"authenticator took longer than {self._limits.timeout:g} s")
+            left = f", and process {run.left_behind} cannot be ended" if run.left_behind else ""
+            raise AuthenticatorFault(f"authenticator took longer than {self._limits.timeout:g} s{left}")
         if run.ended_by == _spawn.BY_FLOOD:
             raise AuthenticatorFault(f"authenticator printed more than {self._limits.max_output} bytes")
         if run.status < 0:

@@ -50,7 +50,12 @@ class AuthenticatorSettings(_Settings, frozen=True):
     ] = 65_536
     max_output_lines: Annotated[int, Meta(ge=1, description="Lines of output; more are an error.")] = 256
     max_errors: Annotated[
-        int, Meta(ge=1, le=1 << 24, description="Bytes of standard error that reach the log; the rest is dropped.")
+        int,
+        Meta(
+            ge=1,
+            le=1 << 24,
+            description="Bytes of standard error that reach the log, in at most 256 lines; the rest is dropped.",
+        ),
     ] = 65_536
 
 
@@ -125,7 +130,15 @@ class Settings(_Settings, frozen=True):
             description="Clients at once; more are refused with 53300. Lowered at start to what descriptors allow.",
         ),
     ] = 10_000
-    max_logins: Annotated[int, Meta(ge=1, description="Logins in progress at once; more are refused with 53300.")] = 512
+    max_logins: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Logins in progress at once. When all are taken, the client that has said nothing for longest "
+            "makes way; where all have said who they are, more are refused with 53300. "
+            "Lowered at start to what descriptors allow.",
+        ),
+    ] = 512
     login_timeout: Annotated[float, Meta(gt=0, description="From accept to AuthenticationOk, all steps together.")] = (
         60.0
     )

@@ -7,10 +7,10 @@ connection closes once the target has closed ours, since a client takes that for
 import asyncio
 import hmac
 import secrets
-from typing import Final, Protocol, cast
+from typing import Final, Protocol
 
+from pgauthproxy.gateway.target_leg import Targets
 from pgauthproxy.net import dial
-from pgauthproxy.proto import messages
 from pgauthproxy.stages import Address
 
 PROCESS_ID_BYTES: Final = 4
@@ -57,23 +57,7 @@ class CancelKeys:
         return session
 
 
-class _CancelProtocol(asyncio.Protocol):
-    """Waits for the target to close the connection, as it does once it has acted."""
-
-    def __init__(self) -> None:
-        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.transport: asyncio.Transport
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports have the interface without the class.
-        self.transport = cast(asyncio.Transport, transport)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.closed.done():
-            self.closed.set_result(None)
-
-
-async def forward(session: Cancellable, seconds: float, options: dial.TcpOptions) -> str:
+async def forward(session: Cancellable, seconds: float, targets: Targets) -> str:
     """Passes a cancel request on to a session's target, one at a time; returns what came of it, for the log."""
     if not session.target_key:
         return "the target issued no key"
@@ -82,12 +66,7 @@ async def forward(session: Cancellable, seconds: float, options: dial.TcpOptions
     session.cancelling = True
     try:
         async with asyncio.timeout(seconds):
-            made = await dial.connect(session.reached, _CancelProtocol, seconds, options)
-            try:
-                made.transport.write(messages.cancel_request(session.target_key))
-                await made.closed
-            finally:
-                made.transport.abort()
+            await targets.cancel(session.reached, session.target_key)
     except dial.DialError as error:
         return f"not passed on: {error}"
     except TimeoutError:

@@ -39,12 +39,9 @@ class ClientLeg(Leg):
 
     def refuse(self, fault: Fault) -> None:
         """Says why, where PostgreSQL would say anything, and closes."""
-        self.watch(None)
-        if self.error is not None or self.transport.is_closing():
-            return
-        if fault.told is not None:
-            self.transport.write(messages.fatal(fault.sqlstate, fault.told))
-        self.transport.close()
+        if fault.told is not None and not self.gone:
+            self.send(messages.fatal(fault.sqlstate, fault.told))
+        self.close()
 
     def gone_fault(self) -> Fault:
         return ClientFault(PROTOCOL_VIOLATION, None, "client left during its login")

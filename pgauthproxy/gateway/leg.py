@@ -5,10 +5,12 @@ is left to be read.
 """
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar, cast
 
-from pgauthproxy import _wire
+from pgauthproxy import _relay, _wire
 from pgauthproxy.errors import Fault
 from pgauthproxy.proto.steps import DeriveKey, Login, More
 
@@ -19,14 +21,23 @@ MAX_PENDING: Final = 128 * 1024
 Derive = Callable[[DeriveKey], Awaitable[bytes]]
 
 
-class Leg(asyncio.Protocol):
-    """A protocol that collects what it receives until a login asks for it."""
+class Leg(asyncio.BufferedProtocol):
+    """A protocol that collects what it receives until a login asks for it.
 
-    def __init__(self) -> None:
+    It owns a connected, non-blocking socket, which becomes the loop's when there is first something to wait for: what
+    a login has to say before that is on its way by then. It reads into the same buffer as the ends that forward later,
+    so that handing over changes nothing but the protocol.
+    """
+
+    def __init__(self, connection: socket.socket, buffer: _relay.ForwardBuffer) -> None:
         self.framer = _wire.Framer({})
-        self.transport: asyncio.Transport
+        self.fd = connection.fileno()
         self.at_eof = False
         self.error: Exception | None = None
+        self._connection = connection
+        self._transport: asyncio.Transport | None = None
+        self._unsent = b""
+        self._buffer = buffer
         self._lost = False
         self._waiting: asyncio.Future[None] | None = None
         self._watcher: Callable[[], object] | None = None
@@ -35,14 +46,43 @@ class Leg(asyncio.Protocol):
     def gone(self) -> bool:
         return self._lost or (self.at_eof and not self.framer.pending)
 
+    def send(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+            return
+        sent = 0
+        if not self._unsent:
+            # What the socket does not take, or why it takes nothing, is the transport's to find out.
+            with contextlib.suppress(OSError):
+                sent = self._connection.send(data)
+        self._unsent += data[sent:]
+
+    async def _open(self) -> asyncio.Transport:
+        """The transport, made at the first call."""
+        if self._transport is None:
+            try:
+                await asyncio.get_running_loop().connect_accepted_socket(lambda: self, self._connection)
+            except BaseException:
+                # The loop has closed the transport and will say no more: without this it and we would keep each other.
+                self._transport = None
+                raise
+            assert self._transport is not None  # noqa: S101 (connection_made was called)
+            if self._unsent:
+                self._transport.write(self._unsent)
+                self._unsent = b""
+        return self._transport
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports have the interface without the class.
-        self.transport = cast(asyncio.Transport, transport)
+        self._transport = cast(asyncio.Transport, transport)
 
-    def data_received(self, data: bytes) -> None:
-        self.framer.feed(data)
-        if self.framer.pending > MAX_PENDING:
-            self.transport.pause_reading()
+    def get_buffer(self, size_hint: int) -> bytearray:
+        return self._buffer.space
+
+    def buffer_updated(self, count: int) -> None:
+        self.framer.feed(memoryview(self._buffer.space)[:count])
+        if self.framer.pending > MAX_PENDING and self._transport is not None:
+            self._transport.pause_reading()
         self._wake()
 
     def eof_received(self) -> bool:
@@ -76,7 +116,7 @@ class Leg(asyncio.Protocol):
                 step = login.send(answer)
                 answer = None
                 if isinstance(step, bytes):
-                    self.transport.write(step)
+                    self.send(step)
                 elif isinstance(step, More):
                     await self._more()
                 else:
@@ -90,32 +130,57 @@ class Leg(asyncio.Protocol):
         """Waits until something was received. Raises `gone_fault` if nothing will be."""
         if self._lost or self.at_eof:
             raise self.gone_fault()
-        self.transport.resume_reading()
+        if self._transport is None:
+            # Something may be here before we are told that the transport stands: then there is nothing to wait for.
+            await self._open()
+            if self.framer.pending or self.at_eof:
+                return
+        else:
+            self._transport.resume_reading()
+        await self._wait()
+        if self._lost:
+            raise self.gone_fault()
+
+    async def until_gone(self) -> None:
+        """Waits until the peer has closed its side. What it says until then is dropped."""
+        await self._open()
+        while not self._lost and not self.at_eof:
+            await self._wait()
+            self.framer.take_rest()
+
+    async def _wait(self) -> None:
         self._waiting = asyncio.get_running_loop().create_future()
         try:
             await self._waiting
         finally:
             self._waiting = None
-        if self._lost:
-            raise self.gone_fault()
 
     def gone_fault(self) -> Fault:
         """What it means that this peer left during its login."""
         raise NotImplementedError
 
     def hand_over(self) -> tuple[asyncio.Transport, bytes, bool]:
-        """Ends the leg: the transport (its reading paused), what nobody has read, and whether it is at its end.
+        """Ends the leg: the transport, what nobody has read, and whether it is at its end.
 
         Raises `gone_fault` if the transport is lost.
         """
-        if self._lost:
+        if self._lost or self._transport is None:
             raise self.gone_fault()
         self._watcher = None
-        self.transport.pause_reading()
-        return self.transport, self.framer.take_rest(), self.at_eof
+        return self._transport, self.framer.take_rest(), self.at_eof
+
+    def close(self) -> None:
+        """Ends the connection once what was sent is gone."""
+        self._watcher = None
+        if self._transport is not None:
+            self._transport.close()
+        else:
+            self._connection.close()
 
     def abort(self) -> None:
         """Drops the connection without a word."""
         self._watcher = None
-        if not self._lost:
-            self.transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
+        else:
+            self._connection.close()

@@ -23,12 +23,11 @@ from pgauthproxy.errors import (
     wrong_password,
 )
 from pgauthproxy.events import Cancelled, CloseReason, Ended, LoggedIn, Refused, Sink
-from pgauthproxy.gateway import cancel, target_leg
+from pgauthproxy.gateway import cancel
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg, ClientPolicy
-from pgauthproxy.gateway.limits import Limits, too_many
-from pgauthproxy.gateway.salted_keys import SaltedKeys
-from pgauthproxy.gateway.target_leg import TargetLeg, TargetPolicy
+from pgauthproxy.gateway.limits import Limits
+from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.startup import CancelRequest
 from pgauthproxy.stages import Accepted, Address, Attached, Granted, Started
@@ -40,15 +39,13 @@ class Gateway:
 
     authenticator: Authenticator
     client: ClientPolicy
-    target: TargetPolicy
+    targets: Targets
     limits: Limits
     login_timeout: float
     cancel_timeout: float
     close_timeout: float
-    buffer: _relay.ForwardBuffer
     sink: Sink
     keys: CancelKeys = field(default_factory=CancelKeys)
-    salted: SaltedKeys = field(default_factory=SaltedKeys)
     sessions: "set[Session]" = field(default_factory=set)
     draining: bool = False
     idle: Callable[[], None] | None = None
@@ -74,6 +71,7 @@ class Session:
         "_detail",
         "_ends_lost",
         "_gateway",
+        "_is_client",
         "_number",
         "_reason",
         "_started",
@@ -103,6 +101,7 @@ class Session:
         self._reason: CloseReason | None = None
         self._detail = ""
         self._ends_lost = 0
+        self._is_client = False
         self.cancel_key = b""
         self.cancelling = False
         self.target_key = b""
@@ -159,9 +158,7 @@ class Session:
     async def log_in(self, connection: socket.socket, accepted: Accepted) -> bool:
         """Steps 1 to 7. True if the session relays now, False if it was a cancel request. Raises Fault."""
         gateway = self._gateway
-        loop = asyncio.get_running_loop()
-        _, client = await loop.connect_accepted_socket(ClientLeg, connection)
-        self._client = client
+        client = self._client = ClientLeg(connection, gateway.targets.buffer)
 
         wanted = await client.receive_startup(gateway.client)
         gateway.limits.named(self._number)
@@ -169,17 +166,17 @@ class Session:
             await self._cancel(client, wanted, accepted)
             return False
         started = self._started = Started(accepted, wanted.parameters)
-        if gateway.limits.full:
-            raise too_many(f"{gateway.limits.max_clients} clients (max_clients)")
+        gateway.limits.begin_client()
+        self._is_client = True
 
         proof = await client.receive_proof(started, gateway.client)
         client.watch(self._client_left)
 
         asked = time.monotonic()
         granted = await self._ask(Question(started, proof.method, proof.answer, proof.salt), asked)
-        attached, target = await target_leg.attach(granted, gateway.target, gateway.salted.derive)
+        attached, target = await gateway.targets.attach(granted)
         try:
-            self._attach(client, connection.fileno(), target, attached)
+            self._attach(client, target, attached)
         except BaseException:
             target.abort()
             raise
@@ -206,22 +203,21 @@ class Session:
         outcome = "nobody's key"
         try:
             if session is not None:
-                outcome = await cancel.forward(session, gateway.cancel_timeout, gateway.target.tcp)
+                outcome = await cancel.forward(session, gateway.cancel_timeout, gateway.targets)
         finally:
-            client.transport.close()
+            client.close()
         gateway.sink(Cancelled(accepted.address, session.id if session else "", outcome))
 
-    def _attach(self, client: ClientLeg, client_fd: int, target: TargetLeg, attached: Attached) -> None:
+    def _attach(self, client: ClientLeg, target: TargetLeg, attached: Attached) -> None:
         """Steps 7 and 8: lets the client in and sets the two ends back to back."""
         gateway = self._gateway
         client_transport, client_rest, client_at_eof = client.hand_over()
         target_transport, target_rest, target_at_eof = target.hand_over()
-        target_fd: int = target_transport.get_extra_info("socket").fileno()
         self._cancel_timer()
         self.reached = attached.reached
         self.target_key = attached.greeting.key
-        self._client_end = _relay.End(self, client_transport, client_fd, False, gateway.buffer)
-        self._target_end = _relay.End(self, target_transport, target_fd, True, gateway.buffer)
+        self._client_end = _relay.End(self, client_transport, client.fd, False, gateway.targets.buffer)
+        self._target_end = _relay.End(self, target_transport, target.fd, True, gateway.targets.buffer)
         client_transport.write(client_login.welcome(attached, gateway.keys.issue(self)))
         _relay.join(self._client_end, self._target_end)
         self._target_end.start(target_rest, target_at_eof)
@@ -296,7 +292,8 @@ class Session:
         self._client = None
         self._cause = None
         gateway = self._gateway
-        gateway.limits.end_client()
+        if self._is_client:
+            gateway.limits.end_client()
         gateway.sessions.discard(self)
         if not gateway.sessions and gateway.idle is not None:
             gateway.idle()

@@ -1,16 +1,17 @@
-"""Dialling: from a target's address to a connected transport. Socket options of both sides stand here too."""
+"""Dialling: from a target's address to a connected socket. Socket options of both sides stand here too."""
 
 import asyncio
+import errno
+import os
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 from pgauthproxy.stages import Address
 
 # macOS has it under another name.
 KEEPALIVE_IDLE: Final[int] = getattr(socket, "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE")
-P = TypeVar("P", bound=asyncio.BaseProtocol)
+BACKLOG_RETRY_SECONDS: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,9 @@ async def resolve(address: Address, seconds: float) -> list[Address]:
         raise DialError(f"{address}: no answer to the name's look-up in {seconds:g} s") from None
     except OSError as error:
         raise DialError(f"{address}: {error.strerror or error}") from None
+    except UnicodeError:
+        # Of the encoding that names of hosts have: a label that is empty, or too long.
+        raise DialError(f"{address}: not a name that a host can have") from None
     return list(dict.fromkeys(Address(str(where[0]), int(where[1])) for _, _, _, _, where in found))
 
 
@@ -66,28 +70,78 @@ def _is_ip(host: str) -> bool:
     return True
 
 
-async def connect(address: Address, protocol: Callable[[], P], seconds: float, options: TcpOptions) -> P:
-    """Connects to one address that `resolve` gave. Raises DialError."""
-    loop = asyncio.get_running_loop()
+async def connect(address: Address, seconds: float, options: TcpOptions) -> socket.socket:
+    """A non-blocking socket that is connected to one address that `resolve` gave. Raises DialError.
+
+    It is the loop's only once it is connected: the loop's own way costs twice as much.
+    """
+    connection = socket.socket(_family(address), socket.SOCK_STREAM)
     try:
-        async with asyncio.timeout(seconds):
-            if address.is_socket_folder:
-                path = f"{address.host}/.s.PGSQL.{address.port}"
-                transport, made = await loop.create_unix_connection(protocol, path)
-            else:
-                transport, made = await loop.create_connection(protocol, address.host, address.port)
+        connection.setblocking(False)
+        tune(connection, options)
+        where = f"{address.host}/.s.PGSQL.{address.port}" if address.is_socket_folder else (address.host, address.port)
+        error = connection.connect_ex(where)
+        if error == errno.EINPROGRESS and _is_connected(connection):
+            error = 0
+        elif error in (errno.EINPROGRESS, errno.EAGAIN):
+            async with asyncio.timeout(seconds):
+                error = await _outcome(connection, where, error)
+        if error:
+            raise DialError(f"{address}: {os.strerror(error)}")
     except TimeoutError:
+        connection.close()
         raise DialError(f"{address}: no connection in {seconds:g} s") from None
     except OSError as error:
+        # Of the address itself: a path that is too long for a socket.
+        connection.close()
         raise DialError(f"{address}: {error.strerror or error}") from None
-    handle = transport.get_extra_info("socket")
-    # uvloop's own object duplicates the descriptor for each option.
-    connection = socket.socket(handle.family, handle.type, handle.proto, fileno=handle.fileno())
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _family(address: Address) -> socket.AddressFamily:
+    if address.is_socket_folder:
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address.host else socket.AF_INET
+
+
+async def _outcome(connection: socket.socket, where: object, error: int) -> int:
+    """The errno with which an attempt ends that was not decided at once; 0 if the connection stands."""
+    while error == errno.EAGAIN:
+        # The backlog of a Unix socket is full, and nothing tells when it no longer is.
+        await asyncio.sleep(BACKLOG_RETRY_SECONDS)
+        error = connection.connect_ex(where)  # type: ignore[arg-type]  # an address as its family has it
+    if error == errno.EINPROGRESS:
+        await _until_writable(connection)
+        error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return error
+
+
+def _is_connected(connection: socket.socket) -> bool:
+    """Whether it is connected already, as it is at once where the target is on this machine."""
     try:
-        tune(connection, options)
+        connection.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+async def _until_writable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    writable: asyncio.Future[None] = loop.create_future()
+
+    def told() -> None:
+        loop.remove_writer(connection)
+        if not writable.done():
+            writable.set_result(None)
+
+    loop.add_writer(connection, told)
+    try:
+        await writable
     finally:
-        connection.detach()
-    return made
+        loop.remove_writer(connection)
 
 
 def is_private(address: Address) -> bool:

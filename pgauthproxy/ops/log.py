@@ -10,8 +10,9 @@ import json
 import os
 import re
 import select
+import time
 from collections import deque
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any, Final
 
 import msgspec
@@ -30,10 +31,12 @@ from pgauthproxy.events import (
 from pgauthproxy.stages import Started
 
 MAX_VALUE: Final = 256
-"""Characters of one value; longer ones are cut."""
+"""Bytes of one value in UTF-8; longer ones are cut. A line of them all must fit PIPE_BYTES, quoted."""
 MAX_WAITING: Final = 10_000
 """Lines that wait for a reader of standard error."""
 RETRY_SECONDS: Final = 0.2
+LATE_SECONDS: Final = 0.02
+"""How long lines may wait for others to be written with them."""
 # POSIX promises that a pipe that polls writable takes this many bytes without blocking.
 PIPE_BYTES: Final = select.PIPE_BUF
 STDERR: Final = 2
@@ -47,7 +50,8 @@ def printable(value: bytes | str) -> str:
         text = "".join(
             char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
         )
-    return text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + "…"
+    encoded = text.encode()
+    return text if len(encoded) <= MAX_VALUE else encoded[:MAX_VALUE].decode(errors="ignore") + "…"
 
 
 def _milliseconds(seconds: float) -> float:
@@ -57,8 +61,10 @@ def _milliseconds(seconds: float) -> float:
 class LineWriter:
     """Writes lines to a descriptor without ever waiting for its reader."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, dropped_line: Callable[[int], str]) -> None:
+        """`dropped_line` words how many lines nobody read."""
         self._descriptor = descriptor
+        self._dropped_line = dropped_line
         self._waiting: deque[bytes] = deque()
         self._dropped = 0
         self._retry: asyncio.TimerHandle | None = None
@@ -66,13 +72,11 @@ class LineWriter:
         self._poll.register(descriptor, select.POLLOUT)
 
     def msg(self, line: str) -> None:
-        """Takes one line, without its line feed."""
-        encoded = line.encode(errors="backslashreplace")[: PIPE_BYTES - 1] + b"\n"
+        """Takes one line, without its line feed; `flush` writes it."""
         if len(self._waiting) >= MAX_WAITING:
             self._dropped += 1
         else:
-            self._waiting.append(encoded)
-        self.flush()
+            self._waiting.append(line.encode(errors="backslashreplace")[: PIPE_BYTES - 1] + b"\n")
 
     debug = info = warning = error = msg
 
@@ -83,17 +87,26 @@ class LineWriter:
                 self._try_later()
                 return
             if not self._waiting:
-                self._waiting.append(b"%d lines of the log were dropped: nobody read them\n" % self._dropped)
+                self._waiting.append(self._dropped_line(self._dropped).encode() + b"\n")
                 self._dropped = 0
+            chunk = self._next_chunk()
             try:
-                os.write(self._descriptor, self._waiting.popleft())
+                os.write(self._descriptor, chunk)
             except BlockingIOError:
+                self._waiting.appendleft(chunk)
                 self._try_later()
                 return
             except OSError:
                 # The reader is gone for good, and with it the one place where this could be said.
                 self._waiting.clear()
                 self._dropped = 0
+
+    def _next_chunk(self) -> bytes:
+        """Whole lines, as many as a pipe takes at once."""
+        chunk = self._waiting.popleft()
+        while self._waiting and len(chunk) + len(self._waiting[0]) <= PIPE_BYTES:
+            chunk += self._waiting.popleft()
+        return chunk
 
     def _try_later(self) -> None:
         if self._retry is not None:
@@ -112,85 +125,112 @@ class LineWriter:
 
 def render_text(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
     """One line for people: time, level, what happened, then `key=value`s, quoted where they hold a space."""
-    line = f"{datetime.datetime.now().isoformat()} {level:7} {fields.pop('event')}"
+    at = datetime.datetime.fromtimestamp(fields.pop("at"))
+    parts = [at.isoformat(timespec="microseconds"), f"{level:7}", fields.pop("event")]
     for name, value in fields.items():
-        text = str(value)
-        line += f" {name}={json.dumps(text, ensure_ascii=False) if TO_QUOTE.search(text) else text}"
-    return line
+        if type(value) is str and TO_QUOTE.search(value):
+            value = json.dumps(value, ensure_ascii=False)
+        parts.append(f"{name}={value}")
+    return " ".join(parts)
 
 
 def render_json(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
     """One JSON object; the time is UTC."""
-    now = datetime.datetime.now(datetime.UTC).isoformat()
-    return msgspec.json.encode({"timestamp": now, "level": level, **fields}).decode()
-
-
-def make_logger(log_format: str, level: str, descriptor: int = STDERR) -> Any:
-    """A structlog logger that writes to a descriptor, as `text` or `json`."""
-    return structlog.wrap_logger(
-        LineWriter(descriptor),
-        # One step: the level's name and the time are put in where the line is made.
-        processors=[render_json if log_format == "json" else render_text],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        cache_logger_on_first_use=True,
-    )
+    at = datetime.datetime.fromtimestamp(fields.pop("at"), datetime.UTC).isoformat(timespec="microseconds")
+    return msgspec.json.encode({"timestamp": at, "level": level, **fields}).decode()
 
 
 class LogSink:
-    """Turns what happened into lines."""
+    """Turns what happened into lines of a descriptor, as `text` or `json`, from `level` on.
 
-    def __init__(self, logger: Any) -> None:
-        self._logger = logger
+    Lines are made and written some milliseconds late, several at once: done in the middle of a login they would be a
+    sixth of its cost. What concerns the gateway itself is written at once, and everything when it ends (`flush`).
+    """
+
+    def __init__(self, log_format: str, level: str, descriptor: int = STDERR) -> None:
+        # One step: the level's name and the time are put in where the line is made.
+        render = render_json if log_format == "json" else render_text
+
+        def dropped_line(count: int) -> str:
+            what = "lines of the log were dropped: nobody read them"
+            return render(None, "warning", {"at": time.time(), "lines": count, "event": what})
+
+        self._writer = LineWriter(descriptor, dropped_line)
+        self._waiting: list[tuple[float, Event]] = []
+        self._logger: Any = structlog.wrap_logger(
+            self._writer,
+            processors=[render],
+            wrapper_class=structlog.make_filtering_bound_logger(level),
+        ).bind()
 
     def __call__(self, event: Event) -> None:
+        self._waiting.append((time.time(), event))
+        if isinstance(event, Noticed):
+            self.flush()
+        elif len(self._waiting) == 1:
+            asyncio.get_running_loop().call_later(LATE_SECONDS, self.flush)
+
+    def flush(self) -> None:
+        """Writes all that has happened, as far as the reader takes it."""
+        waiting, self._waiting = self._waiting, []
+        for at, event in waiting:
+            self._write(at, event)
+        self._writer.flush()
+
+    def _write(self, at: float, event: Event) -> None:
         match event:
             case LoggedIn():
-                self._logged_in(event)
+                self._logger.info("login", at=at, **_login(event))
             case Refused():
-                self._refused(event)
+                level = "info" if event.fault.whose == "client" else "warning"
+                getattr(self._logger, level)("refused", at=at, **_who(event), **_reason(event.fault))
             case Ended():
-                self._logger.info(
-                    "session ended",
-                    session=event.session,
-                    why=event.reason.value,
-                    **({"detail": printable(event.detail)} if event.detail else {}),
-                    bytes_from_client=event.bytes_from_client,
-                    bytes_from_target=event.bytes_from_target,
-                    seconds=round(event.seconds, 3),
-                )
+                self._logger.info("session ended", at=at, **_end(event))
             case Cancelled():
-                self._logger.info("cancel request", client=event.address, session=event.session, outcome=event.outcome)
+                self._logger.info(
+                    "cancel request", at=at, client=event.address, session=event.session, outcome=event.outcome
+                )
             case AuthenticatorSaid():
                 for line in event.lines:
-                    self._logger.warning("authenticator says", session=event.session, text=printable(line))
+                    self._logger.warning("authenticator says", at=at, session=event.session, text=printable(line))
                 if event.dropped:
-                    self._logger.warning("authenticator says more", session=event.session, dropped_bytes=event.dropped)
+                    self._logger.warning(
+                        "authenticator says more", at=at, session=event.session, dropped_bytes=event.dropped
+                    )
             case Noticed():
-                getattr(self._logger, event.level)(event.what, **dict(event.facts))
+                getattr(self._logger, event.level)(event.what, at=at, **dict(event.facts))
 
-    def _logged_in(self, event: LoggedIn) -> None:
-        attached = event.attached
-        granted = attached.granted
-        self._logger.info(
-            "login",
-            **_identity(granted.started),
-            target=str(attached.reached),
-            target_user=printable(granted.mapping.user),
-            target_database=printable(granted.mapping.database),
-            authenticator_ms=_milliseconds(granted.authenticator_seconds),
-            connect_ms=_milliseconds(attached.connect_seconds),
-            login_ms=_milliseconds(attached.login_seconds),
-            total_ms=_milliseconds(event.total_seconds),
-        )
 
-    def _refused(self, event: Refused) -> None:
-        who = (
-            _identity(event.started)
-            if event.started is not None
-            else {"session": event.accepted.session, "client": event.accepted.address}
-        )
-        level = "info" if event.fault.whose == "client" else "warning"
-        getattr(self._logger, level)("refused", **who, **_reason(event.fault))
+def _login(event: LoggedIn) -> dict[str, object]:
+    attached = event.attached
+    granted = attached.granted
+    return {
+        **_identity(granted.started),
+        "target": str(attached.reached),
+        "target_user": printable(granted.mapping.user),
+        "target_database": printable(granted.mapping.database),
+        "authenticator_ms": _milliseconds(granted.authenticator_seconds),
+        "connect_ms": _milliseconds(attached.connect_seconds),
+        "login_ms": _milliseconds(attached.login_seconds),
+        "total_ms": _milliseconds(event.total_seconds),
+    }
+
+
+def _end(event: Ended) -> dict[str, object]:
+    return {
+        "session": event.session,
+        "why": event.reason.value,
+        **({"detail": printable(event.detail)} if event.detail else {}),
+        "bytes_from_client": event.bytes_from_client,
+        "bytes_from_target": event.bytes_from_target,
+        "seconds": round(event.seconds, 3),
+    }
+
+
+def _who(event: Refused) -> dict[str, str]:
+    if event.started is not None:
+        return _identity(event.started)
+    return {"session": event.accepted.session, "client": event.accepted.address}
 
 
 def _identity(started: Started) -> dict[str, str]:

@@ -17,6 +17,8 @@ SSL_REQUEST: Final = 80877103
 GSSENC_REQUEST: Final = 80877104
 REQUEST_REFUSED: Final = b"N"
 SQLSTATE: Final = re.compile(rb"[0-9A-Z]{5}")
+# libpq shows nothing of an error above 30,000 bytes that comes before the session.
+MAX_ERROR_TEXT: Final = 16_384
 
 AUTHENTICATION: Final = ord("R")
 BACKEND_KEY_DATA: Final = ord("K")
@@ -60,8 +62,9 @@ def parse_authentication(body: bytes) -> tuple[int, bytes]:
 
 
 def fatal(sqlstate: str, text: bytes) -> bytes:
-    """An ErrorResponse of severity FATAL, as every error of a gateway is."""
-    fields = b"SFATAL\0VFATAL\0C" + sqlstate.encode() + b"\0M" + text.replace(b"\0", b"?") + b"\0\0"
+    """An ErrorResponse of severity FATAL, as every error of a gateway is. A text that is too long is cut."""
+    shown = text[:MAX_ERROR_TEXT].replace(b"\0", b"?")
+    fields = b"SFATAL\0VFATAL\0C" + sqlstate.encode() + b"\0M" + shown + b"\0\0"
     return _wire.message(ERROR_RESPONSE, fields)
 
 

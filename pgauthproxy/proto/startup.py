@@ -40,13 +40,13 @@ def receive_startup(framer: _wire.Framer, max_packet: int) -> Login[StartupMessa
 
     `max_packet` bounds the length field, in bytes.
     """
-    requests_left = {messages.SSL_REQUEST, messages.GSSENC_REQUEST}
+    requests_left = {messages.SSL_REQUEST: "SSL request", messages.GSSENC_REQUEST: "GSSAPI encryption request"}
     while True:
         code, body = yield from _next_packet(framer, max_packet)
         if code in requests_left:
-            requests_left.remove(code)
+            request = requests_left.pop(code)
             if framer.pending:
-                raise ClientFault(PROTOCOL_VIOLATION, "received unencrypted data after SSL request")
+                raise ClientFault(PROTOCOL_VIOLATION, f"received unencrypted data after {request}")
             yield messages.REQUEST_REFUSED
         elif code == messages.CANCEL_REQUEST:
             return CancelRequest(body)

@@ -24,6 +24,7 @@ from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Greeting, Mapping
 
 MAX_GREETING_BYTES: Final = 1 << 20
+PASSED_ON: Final = bytes((messages.PARAMETER_STATUS, messages.NOTICE_RESPONSE))
 NEUTRAL_TEXTS: Final = {
     "3D000": "database does not exist",
     "53300": "sorry, too many clients already",
@@ -124,27 +125,31 @@ class _Exchange:
                 messages.READY_FOR_QUERY: 5,
             }
         )
-        before_key: list[bytes] = []
-        after_key: list[bytes] = []
-        key = b""
+        parts: list[bytes] = []
+        before_key = key = b""
         collected = 0
         while True:
-            while (message := self._framer.message()) is None:
+            # What only passes is not looked at message by message.
+            parts.append(self._framer.run(PASSED_ON))
+            collected += len(parts[-1])
+            if collected > MAX_GREETING_BYTES:
+                raise FrameError(f"over {MAX_GREETING_BYTES} bytes before ReadyForQuery")
+            message = self._framer.message()
+            if message is None:
                 yield MORE
+                continue
             kind, body = message
             if kind == messages.ERROR_RESPONSE:
                 raise self._refused(body)
-            collected += len(body) + 5
-            if collected > MAX_GREETING_BYTES:
-                raise FrameError(f"over {MAX_GREETING_BYTES} bytes before ReadyForQuery")
-            if kind == messages.BACKEND_KEY_DATA:
-                if key or len(body) < 8:
-                    raise FrameError("a second or cut BackendKeyData")
-                key = body
-                continue
-            (after_key if key else before_key).append(_wire.message(kind, body))
             if kind == messages.READY_FOR_QUERY:
-                return Greeting(b"".join(before_key), key, b"".join(after_key))
+                if not body:
+                    raise FrameError("ReadyForQuery without a status")
+                parts.append(_wire.message(kind, body))
+                return Greeting(before_key, key, b"".join(parts))
+            if key or len(body) < 8:
+                raise FrameError("a second or cut BackendKeyData")
+            before_key, key = b"".join(parts), body
+            parts.clear()
 
     def _scram(self, mechanisms: bytes) -> Login[None]:
         if scram.MECHANISM not in mechanisms.split(b"\0"):
@@ -192,8 +197,8 @@ class _Exchange:
         if not error.sqlstate:
             return TargetFault(CONNECTION_FAILURE, "the target server refused the connection", detail)
         told = NEUTRAL_TEXTS.get(error.sqlstate, "the target server refused the connection")
-        passed = self._pass_text and self._private and error.text
-        return TargetFault(error.sqlstate, error.text if passed else told, detail)
+        text = error.text if self._pass_text and self._private else b""
+        return TargetFault(error.sqlstate, text or told, detail)
 
 
 def _cannot(detail: str) -> TargetFault:

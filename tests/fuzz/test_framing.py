@@ -20,11 +20,12 @@ LENGTHS = st.sampled_from([0, 3, 4, 5, 7, 8, 9, 20, 21, (1 << 31) - 1, 1 << 31, 
 HEADERS = st.builds(lambda kind, length: bytes([kind]) + length.to_bytes(4), st.sampled_from(b"pRE"), LENGTHS)
 STREAMS = st.lists(HEADERS | st.binary(max_size=30) | LENGTHS.map(lambda length: length.to_bytes(4)), max_size=12)
 
-# What is done with a framer, one step after the other: feed bytes, take a message or a packet, allow, take the rest.
+# What is done with a framer, one step after the other.
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("feed"), HEADERS | st.binary(max_size=30)),
         st.tuples(st.just("message")),
+        st.tuples(st.just("run"), st.sampled_from([b"", b"p", b"pR", bytes(range(256))])),
         st.tuples(st.just("startup_packet"), st.sampled_from([0, 7, 8, 20, (1 << 32) - 1])),
         st.tuples(st.just("allow"), LIMITS),
         st.tuples(st.just("take_rest")),

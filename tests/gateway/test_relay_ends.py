@@ -68,10 +68,6 @@ def test_joined_ends_are_the_protocols_of_their_transports() -> None:
         assert transport.calls == ["set_protocol", "set_write_buffer_limits(0, 0)"]
 
 
-def test_an_event_loop_that_looks_for_the_older_method_finds_none() -> None:
-    assert Pair().client.data_received is None
-
-
 def test_both_begin_to_read_when_they_are_started() -> None:
     pair = Pair()
     assert pair.client_transport.reading
@@ -158,6 +154,13 @@ def test_a_clients_half_close_goes_on_and_leaves_the_way_back_open() -> None:
     pair.receive(pair.target, b"answer")
     assert pair.client_transport.written == b"answer"
     assert pair.owner == Owner()
+
+
+def test_a_target_that_was_sent_a_terminate_is_not_half_closed_too() -> None:
+    pair = Pair()
+    pair.receive(pair.client, b"Q\0\0\0\x05\0" + TERMINATE)
+    assert pair.client.eof_received() is True
+    assert "write_eof" not in pair.target_transport.calls
 
 
 def test_a_targets_end_is_told_and_closes_it() -> None:

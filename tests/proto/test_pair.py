@@ -115,7 +115,7 @@ def test_cleartext_is_asked_and_answered(password: str, chunk: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "greeting", [Greeting(READY, b"", b""), Greeting(b"", bytes(8), READY), Greeting(STATUS, bytes(36), READY)]
+    "greeting", [Greeting(b"", b"", STATUS + READY), Greeting(b"", bytes(8), READY), Greeting(STATUS, bytes(36), READY)]
 )
 def test_a_greeting_comes_through_as_it_was_but_for_the_key(greeting: Greeting) -> None:
     client, _ = joined(Mapping((ADDRESS,), PARAMETERS, Secret(b"x")), ask_md5, 1 << 20, greeting)

@@ -71,12 +71,14 @@ def test_asking_again_is_an_unknown_protocol(again: bytes, between: list[bytes])
     assert outcome == Outcome((REFUSED,) * (len(asked) - 1), client_fault("0A000", told))
 
 
-@pytest.mark.parametrize("request_", [SSL, GSSENC])
+@pytest.mark.parametrize(("request_", "name"), [(SSL, "SSL request"), (GSSENC, "GSSAPI encryption request")])
 @pytest.mark.parametrize("behind", [b"\0", packet(*ALICE), SSL, b"\x16\x03\x01"])
-def test_bytes_in_plain_behind_an_encryption_request_end_it_before_any_answer(request_: bytes, behind: bytes) -> None:
+def test_bytes_in_plain_behind_an_encryption_request_end_it_before_any_answer(
+    request_: bytes, name: str, behind: bytes
+) -> None:
     framer = _wire.Framer({})
     outcome = run(receive(framer), framer, [request_ + behind])
-    assert outcome == Outcome((), client_fault("08P01", "received unencrypted data after SSL request"))
+    assert outcome == Outcome((), client_fault("08P01", f"received unencrypted data after {name}"))
 
 
 def test_what_is_sent_behind_the_startup_packet_is_left_in_order() -> None:

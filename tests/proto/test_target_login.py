@@ -401,8 +401,8 @@ def test_an_error_without_sqlstate_is_a_failed_connection(body: bytes, text: str
 @pytest.mark.parametrize(
     ("greeting", "expected"),
     [
-        (READY, Greeting(READY, b"", b"")),
-        (STATUS + READY, Greeting(STATUS + READY, b"", b"")),
+        (READY, Greeting(b"", b"", READY)),
+        (STATUS + READY, Greeting(b"", b"", STATUS + READY)),
         (KEY_DATA + READY, Greeting(b"", KEY, READY)),
         (NOTICE + STATUS + KEY_DATA + NOTICE + STATUS + READY, Greeting(NOTICE + STATUS, KEY, NOTICE + STATUS + READY)),
     ],
@@ -425,10 +425,16 @@ def test_a_cut_or_second_key_breaks_the_protocol(keys: bytes) -> None:
 
 
 def test_a_greeting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_login, "MAX_GREETING_BYTES", 3 * len(STATUS) + len(READY))
-    assert logged_in(OK + STATUS * 3 + READY).ending == Greeting(STATUS * 3 + READY, b"", b"")
-    over = f"over {3 * len(STATUS) + len(READY)} bytes before ReadyForQuery"
-    assert logged_in(OK + STATUS * 3 + STATUS).ending == broke(over)
+    monkeypatch.setattr(target_login, "MAX_GREETING_BYTES", 3 * len(STATUS))
+    assert logged_in(OK + STATUS * 3 + READY).ending == Greeting(b"", b"", STATUS * 3 + READY)
+    over = f"over {3 * len(STATUS)} bytes before ReadyForQuery"
+    assert logged_in(OK + STATUS * 4).ending == broke(over)
+    assert logged_in(OK + STATUS * 2 + KEY_DATA + STATUS * 2).ending == broke(over)
+
+
+def test_a_ready_for_query_says_how_it_stands() -> None:
+    empty = _wire.message(messages.READY_FOR_QUERY, b"")
+    assert logged_in(OK + STATUS + empty).ending == broke("ReadyForQuery without a status")
 
 
 def test_notices_count_as_greeting_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +22,13 @@ import yaml
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
+from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, message, password, query, startup
 
 PASSWORD = "of no importance"
+MODULE = [sys.executable, "-m", "pgauthproxy"]
+LISTENING = re.compile(r'listening.*?address="?([^\s"]+)|"address":"([^"]+)"')
+
+environment = {name: value for name, value in os.environ.items() if not name.startswith("PGPROXY_")}
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -27,6 +37,18 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {WAIT_SECONDS} s for {what}"
         time.sleep(0.005)
+
+
+def assert_serves(port: int, user: str = "alice") -> None:
+    """A gateway before `postgres` must serve a new client."""
+    with RawClient(port) as client:
+        client.log_in(user=user)
+        client.assert_served()
+
+
+def is_listened_on(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def write_mapped(script: Path, port: int) -> Path:
@@ -91,6 +113,169 @@ def shared_gateway(tmp_path_factory: pytest.TempPathFactory, postgres: Throwaway
         yield gateway
 
 
+class Asked:
+    """A gateway, and what its authenticator was asked: it notes that, and lets everybody but mallory in, as postgres.
+
+    It runs once at a time, so that the notes are in order.
+    """
+
+    def __init__(self, gateway: Gateway, notes: Path) -> None:
+        self.gateway = gateway
+        self._notes = notes
+
+    @property
+    def port(self) -> int:
+        return self.gateway.port
+
+    @property
+    def questions(self) -> list[bytes]:
+        """What the authenticator has read, each time that it ran."""
+        return self._notes.read_bytes().split(b"\n\n")[:-1]
+
+    @contextlib.contextmanager
+    def nobody(self) -> Iterator[None]:
+        """What happens in the block must not make the authenticator run; the next client is served."""
+        known = len(self.questions)
+        yield
+        with RawClient(self.port) as client:
+            client.send(startup(user="next") + password())
+            client.read_until(b"Z")
+        assert [question.split(b"\n")[0] for question in self.questions[known:]] == [b"user=next"]
+
+
+@contextlib.contextmanager
+def asking_gateway(folder: Path, port: int, *, cleartext: bool) -> Iterator[Asked]:
+    notes, script = folder / "notes", folder / "authenticator"
+    notes.touch()
+    script.write_text(
+        "#!/bin/sh\n"
+        f"tee -a '{notes}' | LC_ALL=C grep -a '^user=mallory$' >/dev/null && refused=1\n"
+        f"echo >>'{notes}'\n"
+        f"echo _META_TARGET_HOST=127.0.0.1:{port}\n"
+        "echo user=postgres\n"
+        "echo database=postgres\n"
+        "exit ${refused:-0}\n"
+    )
+    script.chmod(0o755)
+    settings = {"cleartext_password": cleartext, "max_parallel": 1}
+    with running_gateway(folder, script, authenticator=settings) as gateway:
+        yield Asked(gateway, notes)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory, postgres: ThrowawayPostgres) -> Iterator[Asked]:
+    """A gateway before `postgres` that asks clients for an MD5, shared by the tests of a file."""
+    with asking_gateway(tmp_path_factory.mktemp("asked"), postgres.port, cleartext=False) as found:
+        yield found
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a login can be held: what the client sends to get there, the answers to that, what the gateway has open."""
+
+    sends: bytes
+    answers: bytes = b""
+    sockets: int = 1
+    children: int = 0
+
+
+STEPS = {
+    "before the startup packet": Step(b""),
+    "within the startup packet": Step(startup()[:20]),
+    "behind an SSLRequest": Step(SSL_REQUEST, b"N"),
+    "before the password": Step(startup(), b"R"),
+    "within the password": Step(startup() + password()[:10], b"R"),
+    "while the authenticator runs": Step(startup(user="hanging") + password(), b"R", children=1),
+    "while the target connects": Step(startup(user="unreachable") + password(), b"R", sockets=2),
+    "while the target logs in": Step(startup(user="unanswered") + password(), b"R", sockets=2),
+}
+
+
+class Holding:
+    """A gateway in which a login can be held at each of STEPS; all others are let in, as postgres."""
+
+    def __init__(self, gateway: Gateway, hanging: Path) -> None:
+        self.gateway = gateway
+        self.port = gateway.port
+        self._hanging = hanging
+        self._sockets = gateway.sockets
+
+    def bring(self, client: RawClient, step: Step) -> None:
+        """Holds a client's login there; it must be the only one."""
+        client.send(step.sends)
+        if step.answers == b"N":
+            assert client.read(1) == b"N"
+        elif step.answers == b"R":
+            assert client.read_message()[0] == b"R"
+        wait_until(lambda: self._has(step.sockets, step.children), "the login to get there")
+        if step.children:
+            wait_until(self._hanging.exists, "the authenticator to hang")
+
+    def wait_until_clean(self) -> None:
+        """Returns once no connection and no process of any login is left."""
+        wait_until(lambda: self._has(0, 0), "everything to be given back")
+        if self._hanging.exists():
+            group = int(self._hanging.read_text())
+            wait_until(lambda: not lives(group), "the authenticator's group to be gone")
+            self._hanging.unlink()
+
+    def _has(self, sockets: int, children: int) -> bool:
+        return self.gateway.sockets == self._sockets + sockets and len(self.gateway.children) == children
+
+
+def lives(group: int) -> bool:
+    """Whether a process group has a member that is more than an entry which nobody has reaped yet."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        # It may be gone by now.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, number = stat.read_text().rpartition(") ")[2].split()[:3]
+            if int(number) == group and state not in "ZX":
+                return True
+    return False
+
+
+@pytest.fixture
+def holding(
+    tmp_path: Path, start_gateway: StartGateway, postgres: ThrowawayPostgres
+) -> Iterator[Callable[..., Holding]]:
+    """Starts gateways with these settings that hold logins."""
+    hanging = tmp_path / "hanging"
+
+    def answer_nothing(connection: socket.socket) -> None:
+        while connection.recv(65536):
+            continue
+
+    with contextlib.ExitStack() as stack:
+        unanswered = stack.enter_context(ScriptedTarget(answer_nothing))
+        # Once its queue is full the kernel drops whoever knocks.
+        unreachable = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(3):
+            knocking = stack.enter_context(socket.socket())
+            knocking.setblocking(False)
+            knocking.connect_ex(unreachable.getsockname())
+        script = tmp_path / "holding"
+        script.write_text(
+            "#!/bin/sh\n"
+            f"port={postgres.port}\n"
+            "while read -r line; do case $line in\n"
+            f"user=hanging) sleep 60 & echo $$ >'{hanging}.new'; mv '{hanging}.new' '{hanging}'; wait ;;\n"
+            f"user=unreachable) port={unreachable.getsockname()[1]} ;;\n"
+            f"user=unanswered) port={unanswered.port} ;;\n"
+            "esac; done\n"
+            'echo "_META_TARGET_HOST=127.0.0.1:$port"\n'
+            "echo user=postgres\n"
+            "echo database=postgres\n"
+        )
+        script.chmod(0o755)
+
+        def start(**settings: Any) -> Holding:
+            longer = {"timeout": 60, "max_parallel": 1, **settings.pop("authenticator", {})}
+            target = {"connect_timeout": 60, "login_timeout": 60, **settings.pop("target", {})}
+            return Holding(start_gateway(script, authenticator=longer, target=target, **settings), hanging)
+
+        yield start
+
+
 @dataclass(frozen=True)
 class Backends:
     """What the server itself knows of its sessions; asked directly, past the gateway."""
@@ -126,3 +311,179 @@ def mapped_to(authenticator: Callable[..., Path], start_gateway: StartGateway) -
         return start_gateway(script, **settings)
 
     return start
+
+
+def new_user() -> str:
+    """A name that nobody else in the log has."""
+    return f"user_{uuid.uuid4().hex[:12]}"
+
+
+def refusal(gateway: Gateway, user: str, answer: str = "md5" + "0" * 32) -> tuple[dict[str, str], str]:
+    """What this user, who must be refused after the password, is told, and what the log says."""
+    with RawClient(gateway.port) as client:
+        client.send(startup(user=user))
+        client.read_message()
+        client.send(password(answer))
+        error = client.read_error()
+    return error, gateway.wait_for("refused", user=user)["reason"]
+
+
+class Answering:
+    """A gateway whose authenticator answers each user with what a test said beforehand."""
+
+    def __init__(self, gateway: Gateway, folder: Path) -> None:
+        self.gateway = gateway
+        self._folder = folder
+
+    def user(self, lines: dict[str, str]) -> str:
+        """A user who gets these lines."""
+        name = new_user()
+        (self._folder / name).write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
+        return name
+
+    def asked(self, lines: dict[str, str], sql: str) -> str:
+        """The one value that a query gives to such a user."""
+        with RawClient(self.gateway.port) as client:
+            client.log_in(user=self.user(lines))
+            client.send(query(sql))
+            rows = [body for kind, body in client.read_until(b"Z") if kind == b"D"]
+            client.send(message(b"X"))
+            assert client.read_to_end() == b""
+        return rows[0][6:].decode()
+
+    def greeted(self, lines: dict[str, str]) -> None:
+        with RawClient(self.gateway.port) as client:
+            client.log_in(user=self.user(lines))
+
+    def refused(self, lines: dict[str, str]) -> tuple[dict[str, str], str]:
+        """What such a user is told, and what the log says."""
+        return refusal(self.gateway, self.user(lines))
+
+
+@contextlib.contextmanager
+def answering_gateway(folder: Path, **settings: object) -> Iterator[Answering]:
+    script = folder / "authenticator"
+    script.write_text(f'#!/bin/sh\ncat "{folder}/$(sed -n s/^user=//p)"\n')
+    script.chmod(0o755)
+    with running_gateway(folder, script, **settings) as gateway:
+        yield Answering(gateway, folder)
+
+
+class Rewritable:
+    """A gateway whose authenticator is a file that a test writes anew: each login runs what is there at that moment."""
+
+    def __init__(self, gateway: Gateway, script: Path) -> None:
+        self.gateway = gateway
+        self.script = script
+
+    @property
+    def folder(self) -> Path:
+        return self.script.parent
+
+    def becomes(self, body: str, first_line: str = "#!/bin/sh") -> None:
+        new = self.script.with_name("new")
+        new.write_text(f"{first_line}\n{body}\n")
+        new.chmod(0o755)
+        new.rename(self.script)
+
+    def prints(self, output: bytes, then: str = "") -> None:
+        """It prints these bytes, and then does what is said."""
+        printed = self.script.with_name("printed")
+        printed.write_bytes(output)
+        self.becomes(f'cat "{printed}"\n{then}')
+
+
+@contextlib.contextmanager
+def rewritable_gateway(folder: Path, **settings: Any) -> Iterator[Rewritable]:
+    script = folder / "authenticator"
+    script.write_text("#!/bin/sh\nexit 1\n")
+    script.chmod(0o755)
+    with running_gateway(folder, script, **settings) as gateway:
+        yield Rewritable(gateway, script)
+
+
+class Serving:
+    """A gateway that was started as anybody would; its log is text in a file."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, pattern: str | re.Pattern[str], count: int = 1) -> list[str]:
+        """What the pattern found in the log, once it was found so often."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while len(found := re.findall(pattern, self.text)) < count:
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.text}"
+            assert self.process.poll() is None, self.text
+            time.sleep(0.01)
+        return found
+
+    def addresses(self, count: int = 1) -> list[str]:
+        return ["".join(either) for either in self.wait_for(LISTENING, count)]
+
+    @property
+    def port(self) -> int:
+        return int(self.addresses()[0].rpartition(":")[2])
+
+    def asks_for(self) -> bytes:
+        """The authentication request that a client gets."""
+        with RawClient(self.port) as client:
+            client.send(startup())
+            kind, body = client.read_message()
+        assert kind == b"R"
+        return body[:4]
+
+
+Serve = Callable[..., Serving]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Starts pgauthproxy in a folder of its own, without any flag but those given."""
+    started: list[Serving] = []
+
+    def start(*arguments: str, **variables: str) -> Serving:
+        log = tmp_path / f"log{len(started)}"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*MODULE, *arguments],
+                stdin=subprocess.DEVNULL,
+                stderr=output,
+                cwd=tmp_path,
+                env=environment | variables,
+            )
+        started.append(Serving(process, log))
+        return started[-1]
+
+    yield start
+    for serving in started:
+        if serving.process.poll() is None:
+            serving.process.send_signal(signal.SIGTERM)
+        try:
+            status = serving.process.wait(WAIT_SECONDS)
+        finally:
+            serving.process.kill()
+            serving.process.wait()
+        assert status == 0, serving.text
+        assert "Traceback" not in serving.text
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The working directory: it holds an authenticator that refuses everybody, and nothing else."""
+    script = tmp_path / "authenticator"
+    script.write_text("#!/bin/sh\ncat >/dev/null\nexit 1\n")
+    script.chmod(0o755)
+    return tmp_path
+
+
+def configure(folder: Path, name: str = "pgauthproxy.yaml", **settings: object) -> Path:
+    """Writes a configuration with the authenticator of the folder."""
+    content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": {"cmd": ["./authenticator"]}}
+    file = folder / name
+    file.write_text(yaml.safe_dump(content | settings))
+    return file

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS
-from tests.system.conftest import write_mapped
-from tests.wire import RawClient, ScriptedTarget, greet, password, startup
+from tests.system.conftest import MODULE, Serve, configure, environment, write_mapped
+from tests.wire import RawClient, password, startup
 
-MODULE = [sys.executable, "-m", "pgauthproxy"]
 COMMAND = [str(Path(sys.executable).parent / "pgauthproxy")]
-LISTENING = re.compile(r"listening.*?address=(?:\x1b\[\d+m)?'?([^\s'\x1b]+)")
 AUTH_CLEARTEXT, AUTH_MD5 = b"\0\0\0\x03", b"\0\0\0\x05"
-
-environment = {name: value for name, value in os.environ.items() if not name.startswith("PGPROXY_")}
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -48,93 +41,6 @@ def run(tmp_path: Path) -> Run:
         )
 
     return start
-
-
-class Serving:
-    """A gateway that was started as anybody would; its log is text in a file."""
-
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.process = process
-        self.log = log
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def wait_for(self, pattern: str | re.Pattern[str], count: int = 1) -> list[str]:
-        """What the pattern found in the log, once it was found so often."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while len(found := re.findall(pattern, self.text)) < count:
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.text}"
-            assert self.process.poll() is None, self.text
-            time.sleep(0.01)
-        return found
-
-    def addresses(self, count: int = 1) -> list[str]:
-        return self.wait_for(LISTENING, count)
-
-    @property
-    def port(self) -> int:
-        return int(self.addresses()[0].rpartition(":")[2])
-
-    def asks_for(self) -> bytes:
-        """The authentication request that a client gets."""
-        with RawClient(self.port) as client:
-            client.send(startup())
-            kind, body = client.read_message()
-        assert kind == b"R"
-        return body[:4]
-
-
-Serve = Callable[..., Serving]
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Starts pgauthproxy in a folder of its own, without any flag but those given."""
-    started: list[Serving] = []
-
-    def start(*arguments: str, **variables: str) -> Serving:
-        log = tmp_path / f"log{len(started)}"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*MODULE, *arguments],
-                stdin=subprocess.DEVNULL,
-                stderr=output,
-                cwd=tmp_path,
-                env=environment | variables,
-            )
-        started.append(Serving(process, log))
-        return started[-1]
-
-    yield start
-    for serving in started:
-        if serving.process.poll() is None:
-            serving.process.send_signal(signal.SIGTERM)
-        try:
-            status = serving.process.wait(WAIT_SECONDS)
-        finally:
-            serving.process.kill()
-            serving.process.wait()
-        assert status == 0, serving.text
-        assert "Traceback" not in serving.text
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The working directory: it holds an authenticator that lets everybody in, and nothing else."""
-    script = tmp_path / "authenticator"
-    script.write_text("#!/bin/sh\ncat >/dev/null\nexit 1\n")
-    script.chmod(0o755)
-    return tmp_path
-
-
-def configure(folder: Path, name: str = "pgauthproxy.yaml", **settings: object) -> Path:
-    """Writes a configuration with the authenticator of the folder."""
-    content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": {"cmd": ["./authenticator"]}}
-    file = folder / name
-    file.write_text(yaml.safe_dump(content | settings))
-    return file
 
 
 def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -477,64 +383,3 @@ def test_every_address_of_a_list_is_listened_on(serve: Serve, folder: Path) -> N
     configure(folder, listen=["127.0.0.1:0", "127.0.0.1:0", "localhost:0"])
     for address in serve().addresses(3):
         assert accepts(socket.AF_INET, "127.0.0.1", int(address.rpartition(":")[2]))
-
-
-# The log
-
-
-@pytest.fixture
-def sent_to_a_target(folder: Path) -> Iterator[None]:
-    """The folder's authenticator sends everybody to a target that lets them in."""
-    with ScriptedTarget(greet) as target:
-        script = f"#!/bin/sh\ncat >/dev/null\necho _META_TARGET_HOST=127.0.0.1:{target.port}\necho user=x\n"
-        (folder / "authenticator").write_text(script)
-        yield
-
-
-@pytest.mark.usefixtures("sent_to_a_target")
-@pytest.mark.parametrize("log_format", ["text", "json"])
-def test_the_log_holds_no_control_characters_of_a_client(serve: Serve, folder: Path, log_format: str) -> None:
-    configure(folder)
-    serving = serve("--log-format", log_format)
-    port = int(serving.wait_for(r"127\.0\.0\.1:(\d+)")[0])
-    with RawClient(port) as client:
-        client.log_in(user="ev\x1b[31mil\x07\x7f\u202e\x85", database="d\tb")
-    serving.wait_for("session ended")
-    text = serving.text
-    assert not [char for char in text if not char.isprintable() and char != "\n"]
-    assert "ev\\" in text
-
-
-@pytest.mark.usefixtures("sent_to_a_target")
-def test_the_level_error_hides_logins(serve: Serve, folder: Path) -> None:
-    configure(folder, listen=[f"unix:{folder}:5432"])
-    serving = serve("--log-level", "error")
-    path = folder / ".s.PGSQL.5432"
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
-        client.settimeout(WAIT_SECONDS)
-        while client.connect_ex(str(path)):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        client.sendall(startup() + password())
-        got = b""
-        while not got.endswith(b"Z\0\0\0\x05I"):
-            got += client.recv(65536)
-    serving.process.send_signal(signal.SIGTERM)
-    assert serving.process.wait(WAIT_SECONDS) == 0
-    assert serving.text == ""
-
-
-@pytest.mark.usefixtures("sent_to_a_target")
-def test_the_password_of_a_client_is_nowhere_in_the_log(serve: Serve, folder: Path) -> None:
-    configure(folder)
-    serving = serve("--clear-passwd", "--log-level", "debug")
-    with RawClient(serving.port) as client:
-        client.send(startup())
-        client.read_message()
-        client.send(password("a very secret word"))
-        client.read_until(b"Z")
-    serving.wait_for("session ended")
-    assert "very secret" not in serving.text

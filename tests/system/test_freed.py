@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 import subprocess
@@ -17,13 +16,12 @@ import yaml
 from pgauthproxy.throwaway import ThrowawayPostgres, free_port
 from tests.conftest import Gateway
 from tests.system.conftest import wait_until
-from tests.wire import SSL_REQUEST, RawClient, error_fields, message, password, query, startup
+from tests.wire import RESET_ON_CLOSE, SSL_REQUEST, RawClient, error_fields, message, password, query, startup
 
 FEW, MANY = 50, 300
 MAX_PARALLEL = 4
 STRAY = 20
 """Objects that may differ between two runs for the interpreter's own reasons; far fewer than the sessions."""
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 # Runs the gateway with the collector off, and at its end says what there would have been to collect.
 WITHOUT_COLLECTOR = """
@@ -155,16 +153,6 @@ KINDS: dict[str, tuple[Callable[[int], None], ...]] = {
 }
 
 
-def sockets(gateway: Gateway) -> int:
-    """How many of its descriptors are sockets."""
-    count = 0
-    for descriptor in Path(f"/proc/{gateway.pid}/fd").iterdir():
-        # It may be closed by now.
-        with contextlib.suppress(FileNotFoundError):
-            count += str(descriptor.readlink()).startswith("socket:")
-    return count
-
-
 @pytest.fixture
 def left_by(tmp_path: Path, postgres: ThrowawayPostgres) -> Callable[..., Left]:
     """Runs sessions of some kinds through a gateway without a collector, and tells what is left of them."""
@@ -199,10 +187,10 @@ def left_by(tmp_path: Path, postgres: ThrowawayPostgres) -> Callable[..., Left]:
         gateway = Gateway(process, log)
         try:
             port = int(gateway.wait_for("listening")["address"].rpartition(":")[2])
-            at_start, descriptors_at_start = sockets(gateway), gateway.descriptors
+            at_start, descriptors_at_start = gateway.sockets, gateway.descriptors
             for number in range(sessions):
                 kinds[number % len(kinds)](port)
-            wait_until(lambda: sockets(gateway) == at_start, f"no more than {at_start} sockets")
+            wait_until(lambda: gateway.sockets == at_start, f"no more than {at_start} sockets")
             # The threads that run authenticators keep a pipe each, and what they have in common.
             assert gateway.descriptors <= descriptors_at_start + 2 * MAX_PARALLEL + 2
             assert gateway.stop() == 0, log.read_text()

@@ -80,12 +80,6 @@ def read_exactly(connection: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def peak_bytes(gateway: Gateway) -> int:
-    """The most memory that the gateway ever had."""
-    status = Path(f"/proc/{gateway.pid}/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
-
-
 # Closing
 
 
@@ -533,7 +527,7 @@ def test_a_row_of_two_hundred_megabytes_takes_no_memory_of_the_gateway(gateway: 
         assert (kind, length) == (b"D", size + 10)
         assert read_and_count(client, length - 4) == length - 4
         client.read_until(b"Z")
-        assert peak_bytes(gateway) - before_it <= MAX_GROWTH
+        assert gateway.peak_bytes - before_it <= MAX_GROWTH
         assert gateway.resident_bytes - before_it <= MAX_GROWTH
 
 
@@ -557,7 +551,7 @@ def test_a_row_of_a_gigabyte_goes_through_in_bounded_memory(mapped_to: MappedTo)
             assert client.read(5) == row
             assert read_and_count(client, megabytes * MEGABYTE) == megabytes * MEGABYTE
             assert client.read_message() == (b"Z", b"I")
-        assert peak_bytes(gateway) - before_it <= MAX_GROWTH
+        assert gateway.peak_bytes - before_it <= MAX_GROWTH
 
 
 def test_a_reader_that_stops_holds_up_the_sender_and_no_memory(mapped_to: MappedTo) -> None:
@@ -582,7 +576,7 @@ def test_a_reader_that_stops_holds_up_the_sender_and_no_memory(mapped_to: Mapped
             client.log_in()
             before_it = gateway.resident_bytes
             assert stuck.wait(SECONDS)
-            assert peak_bytes(gateway) - before_it <= MAX_GROWTH
+            assert gateway.peak_bytes - before_it <= MAX_GROWTH
             assert read_exactly(client.socket, poured) == bytes(poured)
             assert client.read_to_end() == b"the end"
 

@@ -16,15 +16,15 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgauthproxy.gateway.salted_keys import SaltedKeys
-from pgauthproxy.gateway.target_leg import TargetPolicy, attach
+from pgauthproxy._relay import ForwardBuffer
+from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.stages import Accepted, Address, Granted, Mapping, Started
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import HBA, ROLES, Gateway
-from tests.system.conftest import running_gateway
-from tests.wire import RawClient, ScriptedTarget, greet, message, password, query, read_startup, startup
+from tests.system.conftest import Answering, answering_gateway
+from tests.wire import RawClient, ScriptedTarget, greet, message, query, read_startup
 
 DEBIAN = Path("/usr/lib/postgresql/15/bin")
 UMLAUT = "ⅸ¨Á\u00a0x"
@@ -59,53 +59,6 @@ WAYS_NOT_IN = [
     pytest.param("scrammed", {}, id="scram, none"),
     pytest.param("nobody at all", {"_META_TARGET_CRED": "the wrong one"}, id="no such role"),
 ]
-
-
-class Answering:
-    """A gateway whose authenticator answers each user with what a test said beforehand."""
-
-    def __init__(self, gateway: Gateway, folder: Path) -> None:
-        self.gateway = gateway
-        self._folder = folder
-
-    def user(self, lines: dict[str, str]) -> str:
-        """A user who gets these lines."""
-        name = f"user_{uuid.uuid4().hex[:12]}"
-        (self._folder / name).write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
-        return name
-
-    def asked(self, lines: dict[str, str], sql: str) -> str:
-        """The one value that a query gives to such a user."""
-        with RawClient(self.gateway.port) as client:
-            client.log_in(user=self.user(lines))
-            client.send(query(sql))
-            rows = [body for kind, body in client.read_until(b"Z") if kind == b"D"]
-            client.send(message(b"X"))
-            assert client.read_to_end() == b""
-        return rows[0][6:].decode()
-
-    def greeted(self, lines: dict[str, str]) -> None:
-        with RawClient(self.gateway.port) as client:
-            client.log_in(user=self.user(lines))
-
-    def refused(self, lines: dict[str, str]) -> tuple[dict[str, str], str]:
-        """What such a user is told, and what the log says."""
-        user = self.user(lines)
-        with RawClient(self.gateway.port) as client:
-            client.send(startup(user=user))
-            client.read_message()
-            client.send(password())
-            error = client.read_error()
-        return error, self.gateway.wait_for("refused", user=user)["reason"]
-
-
-@contextlib.contextmanager
-def answering_gateway(folder: Path, **settings: object) -> Iterator[Answering]:
-    script = folder / "authenticator"
-    script.write_text(f'#!/bin/sh\ncat "{folder}/$(sed -n s/^user=//p)"\n')
-    script.chmod(0o755)
-    with running_gateway(folder, script, **settings) as gateway:
-        yield Answering(gateway, folder)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +231,7 @@ async def attached_at(host: Address) -> Address:
     started = Started(Accepted("1", "127.0.0.1:1"), ((b"user", b"alice"),))
     granted = Granted(started, Mapping((host,), ((b"user", b"x"),), None), 0.0)
     policy = TargetPolicy(5.0, 15.0, False, TargetLimits(2000, 30000, 65536, 100_000), TcpOptions(60, 10, 6, 0.0))
-    attached, leg = await attach(granted, policy, SaltedKeys().derive)
+    attached, leg = await Targets(policy, ForwardBuffer(65536)).attach(granted)
     leg.abort()
     await asyncio.sleep(0)
     return attached.reached

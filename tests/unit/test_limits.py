@@ -8,12 +8,11 @@ from pgauthproxy.errors import TOO_MANY_CONNECTIONS, Fault, GatewayFault
 from pgauthproxy.gateway.limits import Limits
 
 
-class Client:
+class Newcomer:
     """Begins a login; keeps why it had to make way."""
 
     def __init__(self, limits: Limits, number: int) -> None:
         self.evicted: list[Fault] = []
-        self.number = number
         limits.begin_login(number, self.evicted.append)
 
 
@@ -24,86 +23,86 @@ def counts(limits: Limits) -> tuple[int, int]:
 def test_what_is_taken_is_given_back() -> None:
     limits = Limits(10, 10)
     for number in range(3):
-        Client(limits, number)
-    assert counts(limits) == (3, 3)
+        Newcomer(limits, number)
+    assert counts(limits) == (0, 3)
     limits.named(0)
+    limits.begin_client()
+    assert counts(limits) == (1, 3)
     limits.end_login(0)
-    assert counts(limits) == (3, 2)
+    assert counts(limits) == (1, 2)
     limits.end_client()
-    assert counts(limits) == (2, 2)
     limits.end_login(1)
-    limits.end_client()
     limits.end_login(2)
-    limits.end_client()
     assert counts(limits) == (0, 0)
 
 
-def test_it_is_full_with_more_clients_than_allowed() -> None:
+def test_one_client_more_than_allowed_is_refused_and_not_counted() -> None:
     limits = Limits(2, 10)
-    full = []
-    for number in range(3):
-        Client(limits, number)
-        full.append(limits.full)
-    assert full == [False, False, True]
+    limits.begin_client()
+    limits.begin_client()
+    with pytest.raises(GatewayFault) as raised:
+        limits.begin_client()
+    assert (raised.value.sqlstate, raised.value.told) == (TOO_MANY_CONNECTIONS, b"sorry, too many clients already")
+    assert raised.value.detail == "2 clients (max_clients)"
+    assert limits.clients == 2
     limits.end_client()
-    assert not limits.full
+    limits.begin_client()
+    assert limits.clients == 2
 
 
 def test_the_one_silent_for_longest_makes_way() -> None:
     limits = Limits(10, 2)
-    clients = [Client(limits, number) for number in range(4)]
-    assert [len(client.evicted) for client in clients] == [1, 1, 0, 0]
-    (fault,) = clients[0].evicted
+    newcomers = [Newcomer(limits, number) for number in range(4)]
+    assert [len(each.evicted) for each in newcomers] == [1, 1, 0, 0]
+    (fault,) = newcomers[0].evicted
     assert isinstance(fault, GatewayFault)
     assert (fault.sqlstate, fault.told) == (TOO_MANY_CONNECTIONS, b"sorry, too many clients already")
     assert fault.detail == "made way for a newer client: it had said nothing (max_logins)"
     # Until it has gone it counts.
-    assert counts(limits) == (4, 4)
+    assert limits.logins == 4
 
 
 def test_one_that_has_named_itself_keeps_its_place() -> None:
     limits = Limits(10, 2)
-    first, second = Client(limits, 1), Client(limits, 2)
+    first, second = Newcomer(limits, 1), Newcomer(limits, 2)
     limits.named(1)
-    third = Client(limits, 3)
-    assert [len(client.evicted) for client in (first, second, third)] == [0, 1, 0]
+    third = Newcomer(limits, 3)
+    assert [len(each.evicted) for each in (first, second, third)] == [0, 1, 0]
 
 
 def test_when_all_have_named_themselves_the_newcomer_is_refused() -> None:
     limits = Limits(10, 2)
     for number in range(2):
-        Client(limits, number)
+        Newcomer(limits, number)
         limits.named(number)
     with pytest.raises(GatewayFault) as raised:
-        Client(limits, 3)
+        Newcomer(limits, 3)
     assert raised.value.sqlstate == TOO_MANY_CONNECTIONS
     assert raised.value.detail == "2 logins in progress (max_logins)"
-    assert counts(limits) == (2, 2)
+    assert limits.logins == 2
 
 
 def test_nobody_is_asked_to_make_way_twice() -> None:
     limits = Limits(10, 1)
-    first = Client(limits, 1)
-    second = Client(limits, 2)
-    third = Client(limits, 3)
-    assert [len(client.evicted) for client in (first, second, third)] == [1, 1, 0]
+    newcomers = [Newcomer(limits, number) for number in range(3)]
+    assert [len(each.evicted) for each in newcomers] == [1, 1, 0]
 
 
 def test_a_login_that_is_over_makes_way_for_nobody() -> None:
     limits = Limits(10, 1)
-    first = Client(limits, 1)
+    first = Newcomer(limits, 1)
     limits.end_login(1)
-    second = Client(limits, 2)
+    second = Newcomer(limits, 2)
     assert first.evicted == second.evicted == []
-    assert counts(limits) == (2, 1)
+    assert limits.logins == 1
 
 
 def test_naming_itself_late_or_twice_does_no_harm() -> None:
     limits = Limits(10, 1)
-    Client(limits, 1)
-    Client(limits, 2)
+    Newcomer(limits, 1)
+    Newcomer(limits, 2)
     limits.named(1)
     limits.named(2)
     limits.named(2)
     with pytest.raises(GatewayFault):
-        Client(limits, 3)
+        Newcomer(limits, 3)

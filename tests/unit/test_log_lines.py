@@ -18,10 +18,11 @@ import pytest
 from pgauthproxy.errors import AuthenticatorFault, ClientFault
 from pgauthproxy.events import AuthenticatorSaid, Cancelled, CloseReason, Ended, Event, Noticed, Refused
 from pgauthproxy.ops import log
-from pgauthproxy.ops.log import LineWriter, LogSink, make_logger, printable, render_json, render_text
+from pgauthproxy.ops.log import LineWriter, LogSink, printable, render_json, render_text
 from pgauthproxy.stages import Accepted, Started
 
 SECONDS = 20
+NOON = datetime.datetime(2026, 11, 24, 12, 0, 0, 123456, datetime.UTC)
 
 
 class Pipe:
@@ -47,6 +48,9 @@ class Pipe:
                 read += chunk
         assert read == b"" or read.endswith(b"\n")
         return [line for line in read.decode(errors="surrogateescape").split("\n")[:-1] if not line.startswith(".")]
+
+    def line_writer(self) -> LineWriter:
+        return LineWriter(self.writer, lambda count: f"{count} lines were dropped")
 
     def drain(self, writer: LineWriter) -> list[str]:
         """Reads and lets the writer write until it has nothing more."""
@@ -111,7 +115,9 @@ def test_every_byte_alone_becomes_one_printable_line() -> None:
         assert len(shown.split("\n")) == 1
 
 
-def test_a_long_value_is_cut_and_shows_it() -> None:
+def test_a_long_value_is_cut_between_characters_and_shows_it() -> None:
+    assert printable("ä" * (log.MAX_VALUE // 2)) == "ä" * (log.MAX_VALUE // 2)
+    assert printable("x" + "ä" * (log.MAX_VALUE // 2)) == "x" + "ä" * (log.MAX_VALUE // 2 - 1) + "…"
     assert printable("x" * log.MAX_VALUE) == "x" * log.MAX_VALUE
     assert printable("x" * (log.MAX_VALUE + 1)) == "x" * log.MAX_VALUE + "…"
     assert len(printable(b"\n" * 10_000)) == log.MAX_VALUE + 1
@@ -119,6 +125,7 @@ def test_a_long_value_is_cut_and_shows_it() -> None:
 
 def test_a_line_of_text_quotes_what_could_be_taken_for_something_else() -> None:
     fields = {
+        "at": NOON.timestamp(),
         "event": "login",
         "user": "alice",
         "empty": "",
@@ -130,9 +137,8 @@ def test_a_line_of_text_quotes_what_could_be_taken_for_something_else() -> None:
         "number": 1.5,
         "none": None,
     }
-    line = render_text(None, "warning", fields)
-    moment, _, rest = line.partition(" ")
-    datetime.datetime.fromisoformat(moment)
+    moment, _, rest = render_text(None, "warning", fields).partition(" ")
+    assert datetime.datetime.fromisoformat(moment).astimezone(datetime.UTC) == NOON
     assert rest == (
         'warning login user=alice empty="" spaced="a b" forged="x user=bob" quoted="say \\"hi\\"" '
         'apostrophe="it\'s" umlaut=Zoë number=1.5 none=None'
@@ -141,16 +147,15 @@ def test_a_line_of_text_quotes_what_could_be_taken_for_something_else() -> None:
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_levels_line_up(level: str) -> None:
-    assert render_text(None, level, {"event": "x"}).endswith(f" {level.ljust(7)} x")
+    assert render_text(None, level, {"at": 0, "event": "x"}).endswith(f" {level.ljust(7)} x")
 
 
 def test_a_line_of_json_is_one_object_with_the_time_in_utc() -> None:
-    line = render_json(None, "info", {"event": "login", "user": 'a"\n\u2028b', "bytes": 1, "ms": 0.5, "none": None})
+    fields = {"at": NOON.timestamp(), "event": "login", "user": 'a"\n\u2028b', "bytes": 1, "ms": 0.5, "none": None}
+    line = render_json(None, "info", fields)
     assert "\n" not in line
-    decoded = json.loads(line)
-    moment = datetime.datetime.fromisoformat(decoded.pop("timestamp"))
-    assert moment.utcoffset() == datetime.timedelta(0)
-    assert decoded == {
+    assert json.loads(line) == {
+        "timestamp": "2026-11-24T12:00:00.123456+00:00",
         "level": "info",
         "event": "login",
         "user": 'a"\n\u2028b',
@@ -160,55 +165,66 @@ def test_a_line_of_json_is_one_object_with_the_time_in_utc() -> None:
     }
 
 
-def test_a_line_is_written_at_once(pipe: Pipe) -> None:
-    writer = LineWriter(pipe.writer)
+def test_lines_are_written_when_they_are_flushed(pipe: Pipe) -> None:
+    writer = pipe.line_writer()
     writer.msg("one")
-    assert pipe.lines() == ["one"]
     writer.msg("zwei ä \udcff")
-    assert pipe.lines() == ["zwei ä \\udcff"]
+    assert pipe.lines() == []
+    writer.flush()
+    assert pipe.lines() == ["one", "zwei ä \\udcff"]
 
 
 def test_a_line_is_never_longer_than_a_pipe_takes_in_one_piece(pipe: Pipe) -> None:
-    LineWriter(pipe.writer).msg("x" * 100_000)
+    writer = pipe.line_writer()
+    writer.msg("x" * 100_000)
+    writer.flush()
     assert pipe.lines() == ["x" * (select.PIPE_BUF - 1)]
 
 
-def test_with_a_full_pipe_lines_wait_and_come_in_order(pipe: Pipe) -> None:
-    writer = LineWriter(pipe.writer)
+@pytest.mark.parametrize("blocking", [True, False])
+def test_with_a_full_pipe_lines_wait_and_come_in_order(pipe: Pipe, *, blocking: bool) -> None:
+    writer = pipe.line_writer()
     pipe.fill()
+    os.set_blocking(pipe.writer, blocking)
     expected = [f"line {number}" for number in range(5000)]
     for line in expected:
         writer.msg(line)
+        writer.flush()
     assert pipe.drain(writer) == expected
 
 
 def test_what_waits_for_too_long_is_dropped_and_counted(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "MAX_WAITING", 3)
-    writer = LineWriter(pipe.writer)
+    writer = pipe.line_writer()
     pipe.fill()
     for number in range(10):
         writer.msg(f"line {number}")
-    assert pipe.drain(writer) == ["line 0", "line 1", "line 2", "7 lines of the log were dropped: nobody read them"]
+    writer.flush()
+    assert pipe.drain(writer) == ["line 0", "line 1", "line 2", "7 lines were dropped"]
     writer.msg("on we go")
+    writer.flush()
     assert pipe.lines() == ["on we go"]
 
 
 def test_a_reader_that_is_gone_costs_nothing(pipe: Pipe) -> None:
-    writer = LineWriter(pipe.writer)
+    writer = pipe.line_writer()
     pipe.fill()
     writer.msg("waiting")
+    writer.flush()
     pipe.close_reader()
     for number in range(100):
         writer.msg(f"line {number}")
+    writer.flush()
     assert not writer._waiting
     assert writer._dropped == 0
 
 
 def test_while_a_loop_runs_what_waits_is_written_without_another_line(pipe: Pipe) -> None:
     async def wait_for_the_line() -> list[str]:
-        writer = LineWriter(pipe.writer)
+        writer = pipe.line_writer()
         pipe.fill()
         writer.msg("late")
+        writer.flush()
         seen = pipe.lines()
         assert seen == []
         async with asyncio.timeout(SECONDS):
@@ -232,35 +248,88 @@ class CountingLoop(asyncio.SelectorEventLoop):
         return super().call_later(delay, callback, *arguments, context=context)
 
 
-def test_many_lines_that_wait_have_one_timer(pipe: Pipe) -> None:
-    async def write_many() -> None:
-        writer = LineWriter(pipe.writer)
-        pipe.fill()
-        for number in range(1000):
-            writer.msg(f"line {number}")
+def count_timers(work: Callable[[], None]) -> int:
+    """How often a loop was asked to do something later while this ran on it."""
+
+    async def run_it() -> None:
+        work()
 
     with asyncio.Runner(loop_factory=CountingLoop) as runner:
-        runner.run(write_many())
+        runner.run(run_it())
         loop = runner.get_loop()
         assert isinstance(loop, CountingLoop)
-        assert loop.later == 1
+        return loop.later
+
+
+def test_many_lines_that_wait_have_one_timer(pipe: Pipe) -> None:
+    writer = pipe.line_writer()
+    pipe.fill()
+
+    def write_many() -> None:
+        for number in range(1000):
+            writer.msg(f"line {number}")
+            writer.flush()
+
+    assert count_timers(write_many) == 1
 
 
 def test_lines_are_written_after_the_loops_life_too(pipe: Pipe) -> None:
     async def write_one() -> LineWriter:
-        writer = LineWriter(pipe.writer)
+        writer = pipe.line_writer()
         pipe.fill()
         writer.msg("one")
+        writer.flush()
         return writer
 
     writer = asyncio.run(write_one())
     pipe.lines()
     writer.msg("two")
+    writer.flush()
     assert pipe.lines() == ["one", "two"]
 
 
+def test_events_that_happen_together_are_written_together_by_one_timer(pipe: Pipe) -> None:
+    sink = LogSink("json", "info", pipe.writer)
+
+    def happen() -> None:
+        for _ in range(100):
+            sink(Cancelled("192.0.2.1:1", "", "nobody's key"))
+
+    assert count_timers(happen) == 1
+    assert pipe.lines() == []
+    sink.flush()
+    assert len(pipe.lines()) == 100
+
+
+def test_what_concerns_the_gateway_itself_is_written_at_once_behind_what_waits(pipe: Pipe) -> None:
+    sink = LogSink("json", "info", pipe.writer)
+
+    def happen() -> None:
+        sink(Cancelled("192.0.2.1:1", "", "nobody's key"))
+        sink(Noticed("info", "shutting down"))
+
+    count_timers(happen)
+    assert [json.loads(line)["event"] for line in pipe.lines()] == ["cancel request", "shutting down"]
+
+
+def test_lines_that_were_dropped_are_told_in_the_logs_own_form(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "MAX_WAITING", 1)
+    sink = LogSink("json", "info", pipe.writer)
+    pipe.fill()
+    for _ in range(5):
+        sink(Noticed("info", "listening"))
+    pipe.lines()
+    sink.flush()
+    sink.flush()
+    told = json.loads(pipe.lines()[-1])
+    assert (told["level"], told["lines"]) == ("warning", 4)
+    assert told["event"] == "lines of the log were dropped: nobody read them"
+
+
 def logged(pipe: Pipe, event: Event, level: str = "debug") -> list[dict[str, object]]:
-    LogSink(make_logger("json", level, pipe.writer))(event)
+    sink = LogSink("json", level, pipe.writer)
+    count_timers(lambda: sink(event))
+    sink.flush()
     lines = [json.loads(line) for line in pipe.lines()]
     for line in lines:
         del line["timestamp"]
@@ -336,12 +405,17 @@ def test_the_level_hides_what_is_below_it(pipe: Pipe, level: str, count: int) ->
 
 
 def test_text_lines_hold_no_control_characters(pipe: Pipe) -> None:
-    sink = LogSink(make_logger("text", "info", pipe.writer))
+    sink = LogSink("text", "info", pipe.writer)
     hostile = "".join(map(chr, range(0x20))) + "\x7f\x9b\u2028\u202e"
     started = Started(Accepted("1", "192.0.2.1:1"), ((b"user", hostile.encode()),))
-    sink(Refused(started.accepted, started, ClientFault("28P01", None, hostile)))
-    sink(AuthenticatorSaid("1", (hostile,), 0))
-    sink(Ended("1", CloseReason.CLIENT_LOST, hostile, 0, 0, 0))
+
+    def happen() -> None:
+        sink(Refused(started.accepted, started, ClientFault("28P01", None, hostile)))
+        sink(AuthenticatorSaid("1", (hostile,), 0))
+        sink(Ended("1", CloseReason.CLIENT_LOST, hostile, 0, 0, 0))
+
+    count_timers(happen)
+    sink.flush()
     lines = pipe.lines()
     assert len(lines) == 3
     for line in lines:

@@ -106,6 +106,34 @@ def test_many_messages_in_one_chunk_come_in_order() -> None:
     assert collect(framer, [stream]) == [(PASSWORD, body) for body in bodies]
 
 
+def test_a_run_is_all_that_is_of_its_types_as_it_came() -> None:
+    first, second, other = framed(PASSWORD, 6, b"ab"), framed(ERROR, 4), framed(ord("Z"), 5, b"I")
+    stream = first + second + first + other + first
+    for cut in range(len(stream) + 1):
+        framer = _wire.Framer({PASSWORD: LIMIT, ERROR: LIMIT, ord("Z"): 5})
+        runs = []
+        for part in (stream[:cut], stream[cut:]):
+            framer.feed(part)
+            runs.append(framer.run(b"pE"))
+        assert b"".join(runs) == first + second + first
+        assert framer.message() == (ord("Z"), b"I")
+        assert framer.run(b"Z") == b""
+        assert framer.run(b"p") == first
+        assert framer.pending == 0
+
+
+def test_a_run_of_what_may_not_come_is_an_error() -> None:
+    for bad, says in (
+        (b"Q", "of type 0x51"),
+        (framed(PASSWORD, 3), "of length 3"),
+        (framed(ERROR, 41), "of length 41"),
+    ):
+        framer = _wire.Framer({PASSWORD: LIMIT, ERROR: LIMIT})
+        framer.feed(framed(PASSWORD, 4) + bad)
+        with pytest.raises(FrameError, match=says):
+            framer.run(b"p")
+
+
 def test_pending_counts_what_was_not_taken() -> None:
     framer = _wire.Framer({PASSWORD: LIMIT})
     assert framer.pending == 0
