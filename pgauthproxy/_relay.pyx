@@ -6,8 +6,9 @@ once; nothing is decoded, and a session that is silent holds no buffer, no timer
 Strategy:
 - All ends read into one buffer that they share. What the peer's socket does not take at once is handed to the peer's
   transport, and the sender is paused until that is gone. So a session holds at most one buffer in each direction.
-- Sockets without TLS are written with send(2) directly: between reading and writing there is no Python object.
-  A transport that wraps its bytes (fd -1) gets them through `write`.
+- Sockets are written with send(2) directly: between reading and writing there is no Python object, unless TLS makes
+  one. A side that speaks TLS is given its records in memory, and what it has to say is encrypted just before it is
+  sent, so that a session with TLS holds no more than one without.
 - A failed send does not close the peer that it was meant for: what that peer had sent before it went is still to be
   read, and its own read tells how it ended.
 
@@ -18,6 +19,10 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
 from libc.string cimport memcmp, memcpy, memmove
+
+from pgauthproxy._tls cimport Channel
+
+from pgauthproxy.errors import TlsError
 
 
 cdef extern from "sys/socket.h" nogil:
@@ -31,22 +36,35 @@ cdef enum:
 
     TERMINATE_BYTES = 5
 
+    # The most that one TLS record says.
+    RECORD_BYTES = 16384
+
 cdef char *READY_FOR_QUERY = b"Z\x00\x00\x00\x05"
 cdef char *TERMINATE = b"X\x00\x00\x00\x04"
 
 
 @cython.final
 cdef class ForwardBuffer:
-    """The bytes between a read and its write; one for all sessions of an event loop. `size` is in bytes."""
+    """The bytes between a read and its write; one for all sessions of an event loop. `size` is in bytes.
+
+    `space` is what sockets are read into. What TLS records say is put into memory of the same size beside it, at least
+    one record of the longest.
+    """
 
     cdef readonly bytearray space
+    cdef bytearray _plain
     cdef char *_at
+    cdef char *_plain_at
+    cdef Py_ssize_t _plain_size
 
     def __cinit__(self, Py_ssize_t size):
         if size < 1:
             raise ValueError("the forwarding buffer must hold at least one byte")
         self.space = bytearray(size)
         self._at = self.space
+        self._plain_size = max(size, <Py_ssize_t>RECORD_BYTES)
+        self._plain = bytearray(self._plain_size)
+        self._plain_at = self._plain
 
 
 @cython.final
@@ -56,27 +74,33 @@ cdef class End:
 
     A protocol in asyncio's sense (BufferedProtocol). States, in order: made, joined (`join`), started (`start`), at
     end of file (its peer told, once all is written), lost. Reports to `session`: `end_lost(end, error)` once for each
-    end, and `target_finished()` when the target has nothing more to say.
+    end, and `target_finished()` when the target has nothing more to say. `tls` is the transport's, if it speaks TLS.
     """
 
     cdef readonly object transport
     cdef object _session
     cdef End _peer
     cdef ForwardBuffer _buffer
+    cdef Channel _tls
+    cdef object _failure
     cdef readonly unsigned long long received
     cdef int _fd
     cdef char[READY_BYTES] _tail
     cdef readonly bint faces_target
+    cdef readonly bint truncated
     cdef bint _holding
     cdef bint _at_eof
     cdef bint _broken
 
-    def __init__(self, session, transport, int fd, bint faces_target, ForwardBuffer buffer not None):
+    def __init__(
+        self, session, transport, int fd, bint faces_target, ForwardBuffer buffer not None, Channel tls=None
+    ):
         self._session = session
         self.transport = transport
         self._fd = fd
         self.faces_target = faces_target
         self._buffer = buffer
+        self._tls = tls
         if faces_target:
             # The greeting that the client was sent ends in one.
             memcpy(self._tail, READY_FOR_QUERY, READY_FIXED_BYTES)
@@ -86,17 +110,24 @@ cdef class End:
 
         The two ends are joined, and the transports' protocols, by then.
         """
-        cdef End peer = self._peer
         if PyBytes_GET_SIZE(rest):
-            self.received += <unsigned long long>PyBytes_GET_SIZE(rest)
-            self._keep_tail(PyBytes_AS_STRING(rest), PyBytes_GET_SIZE(rest))
-            peer.transport.write(rest)
+            self._forward(PyBytes_AS_STRING(rest), PyBytes_GET_SIZE(rest))
         if at_eof:
             if not self.eof_received():
                 self.transport.close()
-        elif not peer._holding:
+        elif self._peer is not None and not self._peer._holding:
             # The leg before may have paused it.
             self.transport.resume_reading()
+
+    def send(self, bytes data not None):
+        """Sends a message of our own to this side. See `at_message_boundary`."""
+        self.transport.write(data if self._tls is None else self._tls.encrypt(data))
+
+    def close(self):
+        """Closes this side once it has what was sent to it."""
+        if self._tls is not None and not self._broken:
+            self._write(self._tls.say_goodbye())
+        self.transport.close()
 
     @property
     def at_message_boundary(self):
@@ -117,36 +148,31 @@ cdef class End:
         return self._buffer.space
 
     def buffer_updated(self, Py_ssize_t count):
-        cdef End peer = self._peer
-        cdef char *at = self._buffer._at
-        cdef ssize_t sent = 0
-        self.received += <unsigned long long>count
-        self._keep_tail(at, count)
-        if peer is None or peer._broken:
-            return
-        if peer._fd >= 0 and not peer._holding:
-            sent = send(peer._fd, at, count, 0)
-            if sent == count:
-                return
-            if sent < 0:
-                if errno != EAGAIN and errno != EINTR:
-                    self._peer_refused()
-                    return
-                sent = 0
-        peer.transport.write(at[sent:count])
+        try:
+            if self._tls is None:
+                self._forward(self._buffer._at, count)
+            else:
+                self._forward_decrypted(count)
+        except TlsError as failure:
+            self._failure = failure
+            self._write(failure.alert)
+            self.transport.close()
 
     def eof_received(self):
         """The client's half-close goes on to the target, which may still owe an answer; the target's ends all."""
         self._at_eof = True
+        if self._tls is not None and not self._tls.finished:
+            # What came before is passed on all the same; that it may not be all of it is for the log.
+            self.truncated = True
         if self.faces_target:
             self._session.target_finished()
             return False
         if self._broken:
             # No half-close: the send that failed took the reset, so that the read says end of file.
             return False
-        # A target that was sent a Terminate closes by itself, and is spared a packet.
-        if self._peer is not None and not self._peer._broken and not self._ends_in_terminate():
-            self._peer.transport.write_eof()
+        # Even behind a Terminate: what looks like one may be the end of a message that was cut off.
+        if self._peer is not None and not self._peer._broken:
+            self._peer._say_no_more()
         return True
 
     def pause_writing(self):
@@ -162,6 +188,8 @@ cdef class End:
     def connection_lost(self, error):
         if error is None and self._broken:
             error = ConnectionResetError(ECONNRESET, "connection reset by peer")
+        if self._failure is not None:
+            error = self._failure
         cdef End peer = self._peer
         session = self._session
         self._session = None
@@ -174,6 +202,70 @@ cdef class End:
 
     cdef inline bint _ends_in_terminate(self) noexcept:
         return memcmp(self._tail + READY_BYTES - TERMINATE_BYTES, TERMINATE, TERMINATE_BYTES) == 0
+
+    cdef int _forward(self, char *at, Py_ssize_t count) except -1:
+        """Sends what was received on to the peer, in the order in which it came."""
+        cdef End peer = self._peer
+        cdef ssize_t sent = 0
+        cdef bytes records
+        self.received += <unsigned long long>count
+        self._keep_tail(at, count)
+        if peer is None or peer._broken:
+            return 0
+        if peer._tls is not None:
+            records = peer._tls.encrypt_from(at, count)
+            at = PyBytes_AS_STRING(records)
+            count = PyBytes_GET_SIZE(records)
+        if not peer._holding:
+            sent = send(peer._fd, at, count, 0)
+            if sent == count:
+                return 0
+            if sent < 0:
+                if errno != EAGAIN and errno != EINTR:
+                    return self._peer_refused()
+                sent = 0
+        peer.transport.write(at[sent:count])
+        return 0
+
+    cdef int _forward_decrypted(self, Py_ssize_t count) except -1:
+        """Does it with what TLS records say, several at once."""
+        cdef char *plain = self._buffer._plain_at
+        cdef Py_ssize_t size = self._buffer._plain_size
+        cdef Py_ssize_t at = 0
+        cdef Py_ssize_t piece, got
+        cdef Py_ssize_t have = 0
+        while at < count:
+            piece = min(count - at, <Py_ssize_t>RECORD_BYTES)
+            self._tls.put(self._buffer._at + at, piece)
+            at += piece
+            while True:
+                if size - have < RECORD_BYTES:
+                    self._forward(plain, have)
+                    have = 0
+                got = self._tls.read_into(plain + have, size - have)
+                if got == 0:
+                    break
+                have += got
+        if have:
+            self._forward(plain, have)
+        if self._tls.has_output():
+            self._write(self._tls.take_output())
+        if self._tls.finished and not self._at_eof and not self.eof_received():
+            self.transport.close()
+        return 0
+
+    cdef int _say_no_more(self) except -1:
+        """Half-closes this side."""
+        if self._tls is not None:
+            self._write(self._tls.say_goodbye())
+        self.transport.write_eof()
+        return 0
+
+    cdef int _write(self, bytes data) except -1:
+        """Sends what TLS itself has to say, while anything can be sent."""
+        if data and not self.transport.is_closing():
+            self.transport.write(data)
+        return 0
 
     cdef int _peer_refused(self) except -1:
         self._peer._broken = True

@@ -58,6 +58,19 @@ cdef class Framer:
         """How many bytes were received and not yet taken."""
         return PyByteArray_GET_SIZE(self._bytes) - self._start
 
+    @property
+    def first_byte(self):
+        """The next byte as an int, left where it is; -1 if there is none."""
+        return self._at()[0] if self._start < PyByteArray_GET_SIZE(self._bytes) else -1
+
+    def byte(self):
+        """Takes one byte, as an int; None if there is none."""
+        if self._start == PyByteArray_GET_SIZE(self._bytes):
+            return None
+        taken = self._at()[0]
+        self._consume(1)
+        return taken
+
     def feed(self, data):
         """Appends what was received."""
         self._bytes += data

@@ -1,6 +1,7 @@
 """The command line: commands and flags, nothing else."""
 
 import os
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any, Final, NoReturn
 import click
 
 from pgauthproxy import worker
-from pgauthproxy.auth.command import missing_command
+from pgauthproxy._digest import md5_password
+from pgauthproxy.build import faults_of
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
 from pgauthproxy.events import Noticed
 from pgauthproxy.net import listen
 from pgauthproxy.ops.log import LogSink
+from pgauthproxy.proto import scram
 
 BROKEN: Final = 2
 """Exit status: the settings, the authenticator or an address cannot be used."""
@@ -65,22 +68,6 @@ def _load(flags: dict[str, Any]) -> Loaded:
         _fail(*error.faults)
 
 
-def _faults(loaded: Loaded) -> list[str]:
-    """What the settings ask for and the machine does not have."""
-    faults = []
-    for text in loaded.settings.listen:
-        try:
-            listen.parse_listen(text)
-        except listen.ListenError as error:
-            faults.append(str(error))
-    argv = loaded.settings.authenticator.cmd
-    if not argv:
-        faults.append("authenticator.cmd: no authenticator is configured")
-    elif (missing := missing_command(argv)) is not None:
-        faults.append(f"authenticator.cmd: {missing}")
-    return faults
-
-
 def _fail(*lines: str) -> NoReturn:
     for line in lines:
         click.echo(f"pgauthproxy: {line}", err=True)
@@ -103,7 +90,7 @@ def _command(context: click.Context, /, **flags: Any) -> None:
 
 def _serve(loaded: Loaded) -> None:
     settings = loaded.settings
-    if faults := _faults(loaded):
+    if faults := faults_of(settings):
         _fail(*faults)
     sink = LogSink(settings.log.format, settings.log.level)
     for warning in loaded.warnings:
@@ -131,18 +118,54 @@ def check(context: click.Context, /, **flags: Any) -> None:
         value: Any = loaded.settings
         for name in key.path.split("."):
             value = getattr(value, name)
-        click.echo(f"{key.path} = {_shown(value)}  ({loaded.origins[key.path]})")
+        click.echo(f"{key.path} = {_shown(key, value)}  ({loaded.origins[key.path]})")
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}")
-    if faults := _faults(loaded):
+    if faults := faults_of(loaded.settings):
         _fail(*faults)
     click.echo("ok")
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "(all)"}[value]
+def _shown(key: schema.Key, value: Any) -> str:
+    if value is None:
+        return f"({key.default_text})"
+    if value and key.path in schema.SECRET_PATHS:
+        return "***"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return ", ".join(value)
     return ", ".join(value) if isinstance(value, list) else f"{value}"
+
+
+@_command.command("hash-password")
+@click.option("--user", default="", help="The user's name, which an MD5 hash is salted with.")
+@click.option("--md5", is_flag=True, help="An MD5 hash instead of a SCRAM-SHA-256 verifier.")
+@click.option("--iterations", type=click.IntRange(1, 1_000_000), default=scram.DEFAULT_ITERATIONS, show_default=True)
+def hash_password(user: str, md5: bool, iterations: int) -> None:
+    """Reads a password and prints what an authenticator or PostgreSQL can keep of it.
+
+    The password is asked for without echo; if the input is no terminal, it is its first line.
+    """
+    if md5 and not user:
+        raise click.UsageError("--md5 needs --user")
+    password = read_password(confirm=True)
+    if md5:
+        click.echo(md5_password(password, user.encode(errors="surrogateescape")))
+    else:
+        click.echo(scram.Verifier.of(password, secrets.token_bytes(scram.SALT_BYTES), iterations).text())
+
+
+def read_password(*, confirm: bool) -> bytes:
+    """A password from the terminal, without echo, or the first line of standard input."""
+    if sys.stdin.isatty():
+        typed: str = click.prompt("Password", hide_input=True, confirmation_prompt=confirm)
+        password = typed.encode(errors="surrogateescape")
+    else:
+        password = sys.stdin.buffer.readline().removesuffix(b"\n").removesuffix(b"\r")
+    if not password:
+        raise click.UsageError("an empty password opens nothing")
+    return password
 
 
 @_command.command()

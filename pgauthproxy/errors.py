@@ -26,6 +26,14 @@ class FrameError(ValueError):
     """Bytes that are no message of the protocol, or one that is not allowed here: judged on the header."""
 
 
+class TlsError(Exception):
+    """A TLS connection that cannot go on; the text is OpenSSL's. `alert` is what the peer should still be sent."""
+
+    def __init__(self, reason: str, alert: bytes) -> None:
+        super().__init__(reason)
+        self.alert = alert
+
+
 class Fault(Exception):
     """A login that ends, or a session that is ended."""
 
@@ -57,6 +65,13 @@ class TargetFault(Fault):
     """The target could not be reached, refused the gateway, or broke the protocol."""
 
     whose = "target"
+
+
+class TlsRefused(TargetFault):
+    """TLS with the target came to nothing. Where it is only preferred, a connection without it may do."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(CANNOT_CONNECT, "could not connect to the target server", detail)
 
 
 class GatewayFault(Fault):

@@ -27,11 +27,37 @@ class Accepted(msgspec.Struct, frozen=True):
     address: str
 
 
+class Certificate(msgspec.Struct, frozen=True):
+    """A verified certificate. Names are in the form of RFC 4514, `alternative_names` as `DNS:…,IP:…`."""
+
+    subject: str
+    issuer: str
+    serial: str
+    alternative_names: str
+    fingerprint: str
+    """SHA-256 of the certificate, in lower-case hex digits."""
+
+
+class Encryption(msgspec.Struct, frozen=True):
+    """What TLS a connection speaks, and what is known by it.
+
+    `binding` is the hash of the server's certificate that RFC 5929 calls tls-server-end-point, empty if there is none.
+    """
+
+    version: str
+    cipher: str
+    server_name: str
+    application_protocol: str
+    binding: bytes
+    certificate: Certificate | None
+
+
 class Started(msgspec.Struct, frozen=True):
-    """The client has said who it is and what it wants; nothing of it is proved."""
+    """The client has said who it is and what it wants; nothing of it is proved, but by a certificate."""
 
     accepted: Accepted
     parameters: Parameters
+    encryption: Encryption | None = None
 
     @property
     def user(self) -> bytes:
@@ -56,17 +82,58 @@ class Address(msgspec.Struct, frozen=True):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+class Password(msgspec.Struct, frozen=True):
+    """A credential that can answer whatever a target asks for."""
+
+    secret: Secret
+
+
+class StoredMd5(msgspec.Struct, frozen=True):
+    """A credential as pg_authid may hold it: `md5` and 32 hex digits. It can answer an MD5 request alone."""
+
+    secret: Secret
+
+
+class FromClient(msgspec.Struct, frozen=True):
+    """No credential of the authenticator's: what the client itself proves is to be used."""
+
+
+class ProvedKeys(msgspec.Struct, frozen=True):
+    """What a client's SCRAM exchange has shown: it answers targets that store the very verifier that it was held to."""
+
+    client_key: Secret
+    server_key: Secret
+    salt: bytes
+    iterations: int
+
+
+class TargetTls(msgspec.Struct, frozen=True):
+    """How TLS is spoken with a target; words and meanings are libpq's (sslmode, sslrootcert and so on).
+
+    `ca`, `cert` and `key` are files; `ca` may be `system`. `name` is what the certificate must be for, if not the host.
+    """
+
+    mode: str = "prefer"
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    negotiation: str = "postgres"
+    name: str = ""
+
+
 class Mapping(msgspec.Struct, frozen=True):
     """What an authenticator answers: where the session goes, as whom, with which credential.
 
-    `hosts` are tried in order. `credential` is a password, or `md5` and 32 hex digits when `credential_is_md5`.
+    `hosts` are tried in order. `verifier` is what the client must prove to know, in the form of pg_authid, if the
+    gateway is to compare. `tls` holds those fields of a TargetTls that are not to be as the configuration has them.
     `session_seconds` bounds the session's life, None for no bound.
     """
 
     hosts: tuple[Address, ...]
     parameters: Parameters
-    credential: Secret | None
-    credential_is_md5: bool = False
+    credential: Password | StoredMd5 | FromClient | None
+    verifier: Secret | None = None
+    tls: tuple[tuple[str, str], ...] = ()
     session_seconds: float | None = None
 
     @property
@@ -79,10 +146,11 @@ class Mapping(msgspec.Struct, frozen=True):
 
 
 class Granted(msgspec.Struct, frozen=True):
-    """The authenticator has agreed."""
+    """The authenticator has agreed, and the client has proved what it had to."""
 
     started: Started
     mapping: Mapping
+    credential: Password | StoredMd5 | ProvedKeys | None
     authenticator_seconds: float
 
 
@@ -99,10 +167,11 @@ class Greeting(msgspec.Struct, frozen=True):
 
 
 class Attached(msgspec.Struct, frozen=True):
-    """The target has let the gateway in. `reached` is where cancel requests go too."""
+    """The target has let the gateway in. `reached` is where cancel requests go too, with TLS as `tls` has it."""
 
     granted: Granted
     reached: Address
+    encryption: Encryption | None
     greeting: Greeting
     connect_seconds: float
     login_seconds: float

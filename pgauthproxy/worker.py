@@ -13,7 +13,7 @@ import msgspec
 import uvloop
 
 from pgauthproxy import _spawn
-from pgauthproxy.build import build_gateway, tcp_options
+from pgauthproxy.build import build_client_tls, build_gateway, tcp_options
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import GatewayFault
 from pgauthproxy.events import CloseReason, Noticed, Refused, Sink
@@ -21,6 +21,7 @@ from pgauthproxy.gateway.session import Gateway, Session, shutting_down
 from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
 from pgauthproxy.net.listen import Listener
+from pgauthproxy.net.tls import TlsConfigError
 from pgauthproxy.proto import messages
 from pgauthproxy.stages import Accepted
 
@@ -113,9 +114,14 @@ class Worker:
         loop.set_exception_handler(self._report_exception)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._listeners = [Listener(each, self._accepted, self._starved) for each in listening]
         for each in listening:
             self._sink(Noticed("info", "listening", (("address", listen.describe(each)),)))
+        exposed = [listen.describe(each) for each in listening if not listen.is_local(each)]
+        if exposed and self._settings.method == "cleartext" and self._settings.tls_mode != "require":
+            facts = (("addresses", ", ".join(exposed)), ("remedy", "tls.mode: require"))
+            self._sink(Noticed("warning", "passwords cross the network in clear", facts))
 
     def _accepted(self, connection: socket.socket, peer: Any) -> None:
         self._sessions_begun += 1
@@ -150,6 +156,17 @@ class Worker:
             self._sink(Noticed("warning", "ending at once", (("signal", number.name),)))
             self._ended.set()
 
+    def _reload(self) -> None:
+        """Reads certificates anew, for connections from here on. What cannot be used leaves the old ones in force."""
+        try:
+            client_tls = build_client_tls(self._settings)
+        except TlsConfigError as error:
+            self._sink(Noticed("error", "certificates not loaded, the old ones stay", (("reason", str(error)),)))
+            return
+        self._gateway.client_tls = client_tls
+        self._gateway.targets.forget_certificates()
+        self._sink(Noticed("info", "certificates loaded anew"))
+
     async def _drain(self) -> None:
         """Lets sessions go on until they end, the time is up, or a second signal comes."""
         for listener in self._listeners:
@@ -164,7 +181,7 @@ class Worker:
             for session in list(self._gateway.sessions):
                 session.end(CloseReason.SHUTDOWN, b"terminating connection due to administrator command")
             await self._wait_for_end(min(1.0, self._settings.close_timeout))
-        self._gateway.authenticator.close()
+        self._gateway.admission.authenticator.close()
         self._sink(Noticed("info", "ended"))
 
     async def _wait_for_end(self, seconds: float) -> None:

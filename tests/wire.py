@@ -120,7 +120,10 @@ class RawClient:
 
 
 class ScriptedTarget:
-    """A target that does what `script(connection)` does, for each connection, in a thread of its own."""
+    """A target that does what `script(connection)` does, for each connection, in a thread of its own.
+
+    It speaks no TLS, and says so before the script begins.
+    """
 
     def __init__(self, script: Callable[[socket.socket], None], host: str = "127.0.0.1") -> None:
         self._script = script
@@ -164,11 +167,19 @@ class ScriptedTarget:
     def _serve(self, connection: socket.socket) -> None:
         with connection:
             try:
+                refuse_tls(connection)
                 self._script(connection)
             except (ConnectionError, BrokenPipeError):
                 return
             except BaseException as failure:  # told to the test when the block ends
                 self.failures.append(failure)
+
+
+def refuse_tls(connection: socket.socket) -> None:
+    """Answers an SSLRequest, if that is what comes first."""
+    if connection.recv(len(SSL_REQUEST), socket.MSG_PEEK | socket.MSG_WAITALL) == SSL_REQUEST:
+        connection.recv(len(SSL_REQUEST), socket.MSG_WAITALL)
+        connection.sendall(b"N")
 
 
 def read_startup(connection: socket.socket) -> bytes:

@@ -6,11 +6,12 @@ and the password parser have refused line breaks before anything gets here, and 
 
 import functools
 import re
+from collections.abc import Iterator
 from typing import Final
 
 from pgauthproxy.auth.model import Question
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import Address, Mapping, parameter
+from pgauthproxy.stages import Address, Encryption, FromClient, Mapping, Password, StoredMd5, parameter
 
 DEFAULT_PORT: Final = 5432
 MD5_CREDENTIAL: Final = re.compile(rb"md5[0-9a-f]{32}")
@@ -18,7 +19,15 @@ HOST_NAME: Final = re.compile(r"[A-Za-z0-9_.\-:%]+")
 PORT: Final = re.compile(r"[0-9]{1,5}")
 SOURCE_PREFIX: Final = b"_SOURCE_"
 META_PREFIX: Final = b"_META_"
-WITHOUT_TLS: Final = (b"", b"disable", b"prefer", b"allow")
+WHAT_THE_CLIENT_PROVED: Final = b"client"
+TARGET_TLS: Final = {
+    b"_META_TARGET_TLS": "mode",
+    b"_META_TARGET_CA": "ca",
+    b"_META_TARGET_CERT": "cert",
+    b"_META_TARGET_KEY": "key",
+    b"_META_TARGET_TLS_NEGOTIATION": "negotiation",
+    b"_META_TARGET_TLS_NAME": "name",
+}
 
 
 class NonsenseError(ValueError):
@@ -33,13 +42,28 @@ def encode_question(question: Question) -> bytes:
         (b"_SOURCE_ADDR", started.accepted.address.encode()),
         (b"_SOURCE_METHOD", question.method.encode()),
         (b"_SOURCE_SESSION", started.accepted.session.encode()),
-        (b"_SOURCE_CRED", question.credential.reveal()),
-        (b"_SOURCE_SALT", question.salt.hex().encode()),
     ]
+    if started.encryption is not None:
+        pairs += _encryption(started.encryption)
+    if question.credential is not None:
+        pairs += [(b"_SOURCE_CRED", question.credential.reveal()), (b"_SOURCE_SALT", question.salt.hex().encode())]
     lines = [name + b"=" + value for name, value in pairs]
     if any(b"\n" in line for line in lines):
         raise ValueError("a line break in a field of the authenticator's input")
     return b"\n".join(lines) + b"\n"
+
+
+def _encryption(encryption: Encryption) -> Iterator[tuple[bytes, bytes]]:
+    """What is known of the client by TLS; what is not known has no line."""
+    yield b"_SOURCE_TLS", encryption.version.encode()
+    if encryption.server_name:
+        yield b"_SOURCE_TLS_SNI", encryption.server_name.encode()
+    if (certificate := encryption.certificate) is not None:
+        yield b"_SOURCE_TLS_SUBJECT", certificate.subject.encode()
+        yield b"_SOURCE_TLS_ISSUER", certificate.issuer.encode()
+        yield b"_SOURCE_TLS_SERIAL", certificate.serial.encode()
+        yield b"_SOURCE_TLS_SAN", certificate.alternative_names.encode()
+        yield b"_SOURCE_TLS_FINGERPRINT", certificate.fingerprint.encode()
 
 
 def split_lines(output: bytes, max_lines: int) -> dict[bytes, bytes]:
@@ -76,25 +100,34 @@ def decode_mapping(output: bytes, max_lines: int) -> Mapping:
         raise NonsenseError("a line without a name before its =")
     if not parameter(parameters, b"user"):
         raise NonsenseError("no user for the target")
-    if pairs.get(b"_META_TARGET_TLS", b"") not in WITHOUT_TLS or pairs.get(b"_META_TARGET_CA"):
-        raise NonsenseError("_META_TARGET_TLS or _META_TARGET_CA asks for TLS, which this version cannot do")
-    credential, is_md5 = _credential(pairs)
+    verifier = pairs.get(b"_META_SOURCE_VERIFIER", b"")
     return Mapping(
         hosts=parse_hosts(pairs.get(b"_META_TARGET_HOST", b"")),
         parameters=parameters,
-        credential=credential,
-        credential_is_md5=is_md5,
+        credential=_credential(pairs),
+        verifier=Secret(verifier) if verifier else None,
+        tls=_target_tls(pairs),
         session_seconds=_seconds(pairs, b"_META_SESSION_SECONDS"),
     )
 
 
-def _credential(pairs: dict[bytes, bytes]) -> tuple[Secret | None, bool]:
+def _credential(pairs: dict[bytes, bytes]) -> Password | StoredMd5 | FromClient | None:
     if b"_META_TARGET_PASSWORD" in pairs:
-        return Secret(pairs[b"_META_TARGET_PASSWORD"]), False
+        return Password(Secret(pairs[b"_META_TARGET_PASSWORD"]))
     value = pairs.get(b"_META_TARGET_CRED", b"")
     if not value:
-        return None, False
-    return Secret(value), MD5_CREDENTIAL.fullmatch(value) is not None
+        return None
+    if value == WHAT_THE_CLIENT_PROVED:
+        return FromClient()
+    return StoredMd5(Secret(value)) if MD5_CREDENTIAL.fullmatch(value) else Password(Secret(value))
+
+
+def _target_tls(pairs: dict[bytes, bytes]) -> tuple[tuple[str, str], ...]:
+    """The TLS settings that the answer gives, by the names of TargetTls's fields."""
+    try:
+        return tuple((field, pairs[name].decode()) for name, field in TARGET_TLS.items() if pairs.get(name))
+    except UnicodeDecodeError:
+        raise NonsenseError("a _META_TARGET_ field for TLS that is not UTF-8") from None
 
 
 def _seconds(pairs: dict[bytes, bytes], name: bytes) -> float | None:

@@ -9,12 +9,16 @@ from pgauthproxy.stages import Mapping, Started
 
 
 class Question(msgspec.Struct, frozen=True):
-    """May this client in? `method` is `md5` or `cleartext`; `salt` is 4 bytes, zero in cleartext mode."""
+    """May this client in?
+
+    `credential` is what it answered: a password in method `cleartext`, an MD5 of it in `md5`, to a `salt` of 4 bytes
+    that is zero in cleartext mode; None where it has not answered yet (`scram-sha-256`) or need not (`cert`).
+    """
 
     started: Started
     method: str
-    credential: Secret
-    salt: bytes
+    credential: Secret | None = None
+    salt: bytes = b""
 
 
 class Denied(Exception):

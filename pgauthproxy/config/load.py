@@ -3,7 +3,7 @@
 import difflib
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -58,7 +58,7 @@ def load(config: Path | None, flags: Mapping[str, object], environment: Mapping[
     if file is None:
         warnings.append(f"no configuration file: looked for {' and '.join(FILE_NAMES)} in . and /etc")
     else:
-        for path, value in _read_file(file):
+        for path, value in _read_file(file, known):
             if path in known:
                 given[path] = value, f"file {file}"
             else:
@@ -82,10 +82,13 @@ def load(config: Path | None, flags: Mapping[str, object], environment: Mapping[
     if faults:
         raise ConfigError(faults)
     origins = {path: given[path][1] if path in given else "default" for path in known}
-    return Loaded(msgspec.convert(tree, Settings), origins, tuple(warnings))
+    settings = msgspec.convert(tree, Settings)
+    if faults := list(schema.conflicts(settings)):
+        raise ConfigError(faults)
+    return Loaded(settings, origins, tuple(warnings))
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, object]]:
+def _read_file(file: Path, known: Container[str]) -> Iterator[tuple[str, object]]:
     """The pairs of a YAML file, whatever its name; paths in lower case."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -97,14 +100,14 @@ def _read_file(file: Path) -> Iterator[tuple[str, object]]:
         return
     if not isinstance(content, dict):
         raise ConfigError([f"{file}: not a mapping of keys to values"])
-    yield from _flatten(content, "")
+    yield from _flatten(content, "", known)
 
 
-def _flatten(content: dict[Any, Any], prefix: str) -> Iterator[tuple[str, object]]:
+def _flatten(content: dict[Any, Any], prefix: str, known: Container[str]) -> Iterator[tuple[str, object]]:
     for name, value in content.items():
         path = f"{prefix}{name}".lower()
-        if isinstance(value, dict):
-            yield from _flatten(value, path + ".")
+        if isinstance(value, dict) and path not in known:
+            yield from _flatten(value, path + ".", known)
         elif value is not None:
             yield path, value
 
@@ -118,6 +121,8 @@ def _convert(key: Key, value: object) -> object:
             value = [part.strip() for part in value.split(",")]
         elif isinstance(key.default, bool):
             value = _parse_bool(value)
+        elif isinstance(key.default, dict):
+            value = yaml.safe_load(value)
     return msgspec.convert(value, key.type, strict=False)
 
 

@@ -26,10 +26,7 @@ Times are seconds, sizes are bytes.
 
 def markdown() -> str:
     """docs/config.md, whole."""
-    rows = [
-        f"| `{key.path}` | {'all' if key.default is None else key.default_text} | {key.description} |\n"
-        for key in schema.all_keys()
-    ]
+    rows = [f"| `{key.path}` | {key.default_text} | {key.description} |\n" for key in schema.all_keys()]
     return INTRODUCTION + "".join(rows)
 
 

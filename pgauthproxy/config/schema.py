@@ -6,7 +6,7 @@ Times are seconds, sizes are bytes.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -33,11 +33,36 @@ class AuthenticatorSettings(_Settings, frozen=True):
     ] = []
     env: Annotated[
         list[str] | None,
-        Meta(description="Names of the environment variables that the command gets. Without it: all of the gateway's."),
+        Meta(
+            description="Names of the environment variables that the command gets.",
+            extra={"unset": "all of the gateway's"},
+        ),
     ] = None
-    cleartext_password: Annotated[
-        bool, Meta(description="Ask clients for the password as it is instead of its salted MD5.")
-    ] = False
+    method: Annotated[
+        Literal["md5", "cleartext", "scram-sha-256", "cert"] | None,
+        Meta(
+            description="How clients prove who they are. `md5`: a salted MD5 of the password, which the authenticator "
+            "judges. `cleartext`: the password as it is. `scram-sha-256`: the authenticator gives a verifier, the "
+            "gateway compares. `cert`: by a client certificate alone.",
+            extra={"unset": "md5"},
+        ),
+    ] = None
+    cleartext_password: Annotated[bool, Meta(description="The old way to say `method: cleartext`.")] = False
+    scram_iterations: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="What refused users are shown in method `scram-sha-256`; should be what your verifiers have.",
+        ),
+    ] = 4096
+    scram_seed: Annotated[
+        str,
+        Meta(
+            description="A secret from which the salts that refused users are shown are made, so that they stay the "
+            "same. Without it they are made from `tls.key`, and where there is none they change with each start."
+        ),
+    ] = ""
     timeout: Annotated[
         float, Meta(gt=0, description="How long the command may run. Then TERM goes to its process group.")
     ] = 10.0
@@ -59,9 +84,95 @@ class AuthenticatorSettings(_Settings, frozen=True):
     ] = 65_536
 
 
+class CertificateSettings(_Settings, frozen=True):
+    """A certificate and its key."""
+
+    cert: str
+    key: str
+
+
+class TlsSettings(_Settings, frozen=True):
+    """TLS with clients."""
+
+    mode: Annotated[
+        Literal["disable", "allow", "require"] | None,
+        Meta(
+            description="`disable`: no TLS. `allow`: for clients that ask for it. `require`: for all but those on Unix "
+            "sockets; others are refused with 28000 before any password.",
+            extra={"unset": "allow with a certificate, else disable"},
+        ),
+    ] = None
+    cert: Annotated[
+        str, Meta(description="The gateway's certificate and what it is signed with, a PEM file. Read anew on SIGHUP.")
+    ] = ""
+    key: Annotated[
+        str, Meta(description="Its key, a PEM file with mode 0600, or 0640 if root owns it. Read anew on SIGHUP.")
+    ] = ""
+    hosts: Annotated[
+        dict[str, CertificateSettings],
+        Meta(
+            description="Certificates of their own for the host names that clients ask for (SNI): "
+            "a mapping of name to `cert` and `key`."
+        ),
+    ] = {}
+    client_ca: Annotated[
+        str, Meta(description="The authorities that client certificates must be signed by, a PEM file.")
+    ] = ""
+    client_cert: Annotated[
+        Literal["none", "optional", "require"],
+        Meta(description="Whether clients are asked for a certificate. One that is given must be valid."),
+    ] = "none"
+    min_version: Annotated[Literal["1.2", "1.3"], Meta(description="The oldest TLS that clients may speak.")] = "1.2"
+    ciphers: Annotated[
+        str, Meta(description="What may be used with TLS 1.2, in OpenSSL's words. TLS 1.3 has its own.")
+    ] = "ECDHE+AESGCM:ECDHE+CHACHA20"
+
+
+class TargetTlsSettings(_Settings, frozen=True):
+    """TLS with targets, where the authenticator says nothing else."""
+
+    mode: Annotated[
+        Literal["disable", "prefer", "require", "verify-ca", "verify-full"],
+        Meta(
+            description="As libpq's sslmode. `prefer` protects against nobody who can do more than listen; it falls "
+            "back on plain. Unix sockets never use TLS. `_META_TARGET_TLS` is the authenticator's word for it."
+        ),
+    ] = "prefer"
+    ca: Annotated[
+        str,
+        Meta(
+            description="The authorities that targets' certificates must be signed by: a PEM file, or `system` with "
+            "mode `verify-full`. With it, `require` means `verify-ca`. (`_META_TARGET_CA`)"
+        ),
+    ] = ""
+    cert: Annotated[
+        str, Meta(description="A certificate to log in at targets with, a PEM file. (`_META_TARGET_CERT`)")
+    ] = ""
+    key: Annotated[str, Meta(description="Its key, with a mode as `tls.key`. (`_META_TARGET_KEY`)")] = ""
+    negotiation: Annotated[
+        Literal["postgres", "direct"],
+        Meta(
+            description="`direct`: TLS from the first byte on, as PostgreSQL 17 and newer speak it; needs mode "
+            "`require` or better. (`_META_TARGET_TLS_NEGOTIATION`)"
+        ),
+    ] = "postgres"
+    name: Annotated[
+        str,
+        Meta(description="What a target's certificate must be for, if not the host's name. (`_META_TARGET_TLS_NAME`)"),
+    ] = ""
+
+
 class TargetSettings(_Settings, frozen=True):
     """The servers that sessions are sent to."""
 
+    tls: TargetTlsSettings = TargetTlsSettings()
+    protocol: Annotated[
+        Literal["3.0", "3.2"],
+        Meta(
+            description="The version that targets are asked for. 3.2 gets longer cancel keys from PostgreSQL 18 and "
+            "newer; some older servers refuse it. Clients get what they ask for, whatever this is."
+        ),
+    ] = "3.0"
     connect_timeout: Annotated[float, Meta(gt=0, description="For connecting to one address.")] = 5.0
     login_timeout: Annotated[
         float, Meta(gt=0, description="For connecting and logging in, all addresses together.")
@@ -120,6 +231,7 @@ class Settings(_Settings, frozen=True):
         ),
     ] = msgspec.field(default_factory=lambda: [":5432"])
     authenticator: AuthenticatorSettings = AuthenticatorSettings()
+    tls: TlsSettings = TlsSettings()
     target: TargetSettings = TargetSettings()
     tcp: TcpSettings = TcpSettings()
     log: LogSettings = LogSettings()
@@ -162,6 +274,18 @@ class Settings(_Settings, frozen=True):
     )
     max_startup_packet: Annotated[int, Meta(ge=8, description="Longest startup packet.")] = 10_000
     max_password_message: Annotated[int, Meta(ge=41, description="Longest password message.")] = 65_535
+    max_sasl_message: Annotated[int, Meta(ge=256, description="Longest message of a SCRAM exchange.")] = 1_024
+
+    @property
+    def method(self) -> str:
+        """How clients prove who they are, in one word."""
+        asked = self.authenticator
+        return asked.method or ("cleartext" if asked.cleartext_password else "md5")
+
+    @property
+    def tls_mode(self) -> str:
+        """The mode of TLS with clients that is in force."""
+        return self.tls.mode or ("allow" if self.tls.cert else "disable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +312,25 @@ def all_keys(struct: type[msgspec.Struct] = Settings, prefix: str = "") -> Itera
             computed = field.default is msgspec.NODEFAULT
             default = field.default_factory() if computed else field.default
             says = field.default_factory.__doc__ if field.default_factory is _default_parallel else None
+            meta = next(each for each in field.type.__metadata__ if isinstance(each, Meta))
+            says = says or (meta.extra or {}).get("unset")
             text = says or msgspec.json.encode(default).decode()
-            yield Key(prefix + field.name, field.type, default, text, _description(field.type))
+            yield Key(prefix + field.name, field.type, default, text, meta.description or "")
 
 
-def _description(annotated: Any) -> str:
-    return next(meta.description for meta in annotated.__metadata__ if isinstance(meta, Meta)) or ""
+SECRET_PATHS: Final = ("authenticator.scram_seed",)
+"""Settings whose values are shown to nobody."""
+
+
+def conflicts(settings: Settings) -> Iterator[str]:
+    """What does not go together, a line each."""
+    if settings.authenticator.cleartext_password and settings.authenticator.method not in (None, "cleartext"):
+        yield f"authenticator.cleartext_password: contradicts authenticator.method {settings.authenticator.method}"
+    if settings.tls_mode != "disable" and not settings.tls.cert:
+        yield f"tls.mode: {settings.tls_mode} needs tls.cert and tls.key"
+    if bool(settings.tls.cert) != bool(settings.tls.key):
+        yield "tls.cert, tls.key: need each other"
+    if settings.tls.client_cert != "none" and not settings.tls.client_ca:
+        yield f"tls.client_cert: {settings.tls.client_cert} needs tls.client_ca"
+    if settings.method == "cert" and (settings.tls_mode == "disable" or settings.tls.client_cert == "none"):
+        yield "authenticator.method: cert needs TLS, and tls.client_cert optional or require"

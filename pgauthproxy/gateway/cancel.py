@@ -9,12 +9,17 @@ import hmac
 import secrets
 from typing import Final, Protocol
 
+from pgauthproxy.errors import TargetFault
 from pgauthproxy.gateway.target_leg import Targets
 from pgauthproxy.net import dial
+from pgauthproxy.proto.steps import TlsPlan
 from pgauthproxy.stages import Address
 
 PROCESS_ID_BYTES: Final = 4
-KEY_BYTES: Final = 8
+SECRET_BYTES: Final = 4
+LONG_SECRET_BYTES: Final = 32
+LONG_SECRETS_SINCE: Final = 2
+"""The minor version of protocol 3 from which on a secret may be longer than 4 bytes."""
 
 
 class Cancellable(Protocol):
@@ -29,6 +34,8 @@ class Cancellable(Protocol):
     def target_key(self) -> bytes: ...
     @property
     def reached(self) -> Address: ...
+    @property
+    def reached_tls(self) -> TlsPlan | None: ...
 
 
 class CancelKeys:
@@ -37,13 +44,17 @@ class CancelKeys:
     def __init__(self) -> None:
         self._sessions: dict[int, Cancellable] = {}
 
-    def issue(self, session: Cancellable) -> bytes:
-        """A fresh key for a session, 4 bytes of process ID (never negative, as PostgreSQL's are) and 4 of secret."""
+    def issue(self, session: Cancellable, minor: int) -> bytes:
+        """A fresh key for a session whose client speaks protocol 3.`minor`.
+
+        4 bytes of process ID (never negative, as PostgreSQL's are) and the secret, as long as the client understands.
+        """
         process_id = 0
         while process_id == 0 or process_id in self._sessions:
             process_id = secrets.randbits(31)
         self._sessions[process_id] = session
-        session.cancel_key = process_id.to_bytes(PROCESS_ID_BYTES) + secrets.token_bytes(KEY_BYTES - PROCESS_ID_BYTES)
+        size = LONG_SECRET_BYTES if minor >= LONG_SECRETS_SINCE else SECRET_BYTES
+        session.cancel_key = process_id.to_bytes(PROCESS_ID_BYTES) + secrets.token_bytes(size)
         return session.cancel_key
 
     def forget(self, key: bytes) -> None:
@@ -66,8 +77,8 @@ async def forward(session: Cancellable, seconds: float, targets: Targets) -> str
     session.cancelling = True
     try:
         async with asyncio.timeout(seconds):
-            await targets.cancel(session.reached, session.target_key)
-    except dial.DialError as error:
+            await targets.cancel(session.reached, session.reached_tls, session.target_key)
+    except (dial.DialError, TargetFault) as error:
         return f"not passed on: {error}"
     except TimeoutError:
         return f"passed on, not confirmed in {seconds:g} s"

@@ -4,37 +4,58 @@ import secrets
 from dataclasses import dataclass
 from typing import Final
 
-from pgauthproxy.errors import PROTOCOL_VIOLATION, ClientFault, Fault
+from pgauthproxy.errors import PROTOCOL_VIOLATION, ClientFault, Fault, TlsError
 from pgauthproxy.gateway.leg import Leg
-from pgauthproxy.proto import client_login, messages, startup
+from pgauthproxy.proto import client_login, messages, scram, startup
 from pgauthproxy.proto.client_login import Proof
 from pgauthproxy.proto.startup import CancelRequest, StartupMessage
+from pgauthproxy.proto.steps import TlsSide
 from pgauthproxy.stages import Started
 
 SALT_BYTES: Final = 4
+METHODS: Final = ("md5", "cleartext", "scram-sha-256", "cert")
 
 
 @dataclass(frozen=True, slots=True)
 class ClientPolicy:
-    """What is asked of clients. `method` is `md5` or `cleartext`; the bounds are on length fields, in bytes."""
+    """What is asked of clients. `method` is a name of METHODS; the bounds are on length fields, in bytes."""
 
     method: str
     max_startup_packet: int
     max_password_message: int
+    max_sasl_message: int
+    tls_required: bool
 
 
 class ClientLeg(Leg):
     """Reads what the client wants and how it proves itself; tells it why not."""
 
-    async def receive_startup(self, policy: ClientPolicy) -> StartupMessage | CancelRequest:
-        return await self.drive(startup.receive_startup(self.framer, policy.max_startup_packet))
+    async def receive_startup(
+        self, policy: ClientPolicy, tls: TlsSide | None, *, local: bool
+    ) -> StartupMessage | CancelRequest:
+        """`local` clients come over a Unix socket, where TLS is not spoken nor needed."""
+        return await self.drive(
+            startup.receive_startup(
+                self.framer,
+                policy.max_startup_packet,
+                None if local else tls,
+                tls_required=policy.tls_required and not local,
+            )
+        )
 
-    async def receive_proof(self, started: Started, policy: ClientPolicy) -> Proof:
+    async def receive_password(self, started: Started, policy: ClientPolicy) -> Proof:
+        """The answer to a request for a password, or for its MD5."""
         if policy.method == "md5":
             salt = secrets.token_bytes(SALT_BYTES)
             login = client_login.receive_md5(self.framer, started.user, salt, policy.max_password_message)
         else:
             login = client_login.receive_cleartext(self.framer, started.user, policy.max_password_message)
+        return await self.drive(login)
+
+    async def receive_scram(self, started: Started, verifier: scram.Verifier, policy: ClientPolicy) -> scram.Keys:
+        """The client's keys, once it has proved that it knows the password of this verifier."""
+        binding = b"" if started.encryption is None else started.encryption.binding
+        login = client_login.receive_scram(self.framer, started.user, verifier, binding, policy.max_sasl_message)
         return await self.drive(login)
 
     def refuse(self, fault: Fault) -> None:
@@ -44,4 +65,10 @@ class ClientLeg(Leg):
         self.close()
 
     def gone_fault(self) -> Fault:
-        return ClientFault(PROTOCOL_VIOLATION, None, "client left during its login")
+        detail = "client left during its login"
+        return ClientFault(
+            PROTOCOL_VIOLATION, None, f"{detail}: {self.error}" if isinstance(self.error, TlsError) else detail
+        )
+
+    def tls_fault(self, error: TlsError) -> Fault:
+        return ClientFault(PROTOCOL_VIOLATION, None, f"TLS with the client failed: {error}")

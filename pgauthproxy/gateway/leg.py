@@ -11,8 +11,10 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar, cast
 
 from pgauthproxy import _relay, _wire
-from pgauthproxy.errors import Fault
-from pgauthproxy.proto.steps import DeriveKey, Login, More
+from pgauthproxy._tls import Channel
+from pgauthproxy.errors import Fault, TlsError
+from pgauthproxy.proto.steps import DeriveKey, Login, More, StartTls
+from pgauthproxy.stages import Encryption
 
 T = TypeVar("T")
 MAX_PENDING: Final = 128 * 1024
@@ -32,6 +34,7 @@ class Leg(asyncio.BufferedProtocol):
     def __init__(self, connection: socket.socket, buffer: _relay.ForwardBuffer) -> None:
         self.framer = _wire.Framer({})
         self.fd = connection.fileno()
+        self.tls: Channel | None = None
         self.at_eof = False
         self.error: Exception | None = None
         self._connection = connection
@@ -47,6 +50,11 @@ class Leg(asyncio.BufferedProtocol):
         return self._lost or (self.at_eof and not self.framer.pending)
 
     def send(self, data: bytes) -> None:
+        if self.tls is not None:
+            data = self.tls.encrypt(data)
+        self._send(data)
+
+    def _send(self, data: bytes) -> None:
         if self._transport is not None:
             self._transport.write(data)
             return
@@ -80,10 +88,29 @@ class Leg(asyncio.BufferedProtocol):
         return self._buffer.space
 
     def buffer_updated(self, count: int) -> None:
-        self.framer.feed(memoryview(self._buffer.space)[:count])
+        data = memoryview(self._buffer.space)[:count]
+        if self.tls is None:
+            self.framer.feed(data)
+        elif not self._decrypt(self.tls, data):
+            return
         if self.framer.pending > MAX_PENDING and self._transport is not None:
             self._transport.pause_reading()
         self._wake()
+
+    def _decrypt(self, tls: Channel, data: bytes | memoryview) -> bool:
+        """Feeds what the records say. False if the connection is of no use any more."""
+        try:
+            self.framer.feed(tls.decrypt(data))
+        except TlsError as error:
+            self.error = error
+            self._send(error.alert)
+            self.abort()
+            return False
+        if output := tls.take_output():
+            self._send(output)
+        if tls.finished:
+            self.at_eof = True
+        return True
 
     def eof_received(self) -> bool:
         self.at_eof = True
@@ -93,7 +120,7 @@ class Leg(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
-        self.error = error
+        self.error = self.error or error
         self._wake()
 
     def watch(self, watcher: Callable[[], object] | None) -> None:
@@ -110,7 +137,7 @@ class Leg(asyncio.BufferedProtocol):
 
     async def drive(self, login: Login[T], derive: Derive | None = None) -> T:
         """Runs a login to its end. Raises its Fault, and `gone_fault` when the peer leaves in the middle."""
-        answer: bytes | None = None
+        answer: bytes | Encryption | None = None
         try:
             while True:
                 step = login.send(answer)
@@ -119,12 +146,35 @@ class Leg(asyncio.BufferedProtocol):
                     self.send(step)
                 elif isinstance(step, More):
                     await self._more()
+                elif isinstance(step, StartTls):
+                    answer = await self._start_tls(step)
                 else:
                     assert derive is not None  # noqa: S101 (client logins derive nothing)
                     answer = await derive(step)
         except StopIteration as stop:
             result: T = stop.value
             return result
+
+    async def _start_tls(self, step: StartTls) -> Encryption:
+        """The handshake. What costs milliseconds of it runs in a thread, and nothing is read meanwhile."""
+        try:
+            tls = step.side.open()
+            output = tls.handshake(b"") if not self.framer.pending else b""
+            while not tls.established:
+                if output:
+                    self._send(output)
+                if not self.framer.pending:
+                    await self._more()
+                output = await asyncio.to_thread(tls.handshake, self.framer.take_rest())
+            self._send(output)
+            encryption = step.side.describe(tls)
+        except TlsError as error:
+            self._send(error.alert)
+            raise self.tls_fault(error) from None
+        self.tls = tls
+        if not self._decrypt(tls, self.framer.take_rest()):
+            raise self.gone_fault()
+        return encryption
 
     async def _more(self) -> None:
         """Waits until something was received. Raises `gone_fault` if nothing will be."""
@@ -159,8 +209,12 @@ class Leg(asyncio.BufferedProtocol):
         """What it means that this peer left during its login."""
         raise NotImplementedError
 
+    def tls_fault(self, error: TlsError) -> Fault:
+        """What it means that TLS with this peer came to nothing."""
+        raise NotImplementedError
+
     def hand_over(self) -> tuple[asyncio.Transport, bytes, bool]:
-        """Ends the leg: the transport, what nobody has read, and whether it is at its end.
+        """Ends the leg: the transport, what nobody has read, and whether it is at its end. `tls` goes with them.
 
         Raises `gone_fault` if the transport is lost.
         """
@@ -172,6 +226,8 @@ class Leg(asyncio.BufferedProtocol):
     def close(self) -> None:
         """Ends the connection once what was sent is gone."""
         self._watcher = None
+        if self.tls is not None and not self._lost:
+            self._send(self.tls.say_goodbye())
         if self._transport is not None:
             self._transport.close()
         else:

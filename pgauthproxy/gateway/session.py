@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pgauthproxy import _relay
-from pgauthproxy.auth.model import Authenticator, Denied, Question
 from pgauthproxy.errors import (
     ADMIN_SHUTDOWN,
     CANNOT_CONNECT_NOW,
@@ -20,25 +19,26 @@ from pgauthproxy.errors import (
     INVALID_AUTHORIZATION,
     Fault,
     GatewayFault,
-    wrong_password,
 )
 from pgauthproxy.events import Cancelled, CloseReason, Ended, LoggedIn, Refused, Sink
 from pgauthproxy.gateway import cancel
+from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
-from pgauthproxy.gateway.client_leg import ClientLeg, ClientPolicy
+from pgauthproxy.gateway.client_leg import ClientLeg
 from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.startup import CancelRequest
-from pgauthproxy.stages import Accepted, Address, Attached, Granted, Started
+from pgauthproxy.proto.steps import TlsPlan, TlsSide
+from pgauthproxy.stages import Accepted, Address, Attached, Started
 
 
 @dataclass(slots=True)
 class Gateway:
     """What all sessions of a process share. Times in seconds."""
 
-    authenticator: Authenticator
-    client: ClientPolicy
+    admission: Admission
+    client_tls: TlsSide | None
     targets: Targets
     limits: Limits
     login_timeout: float
@@ -81,6 +81,7 @@ class Session:
         "cancel_key",
         "cancelling",
         "reached",
+        "reached_tls",
         "target_key",
     )
 
@@ -106,6 +107,7 @@ class Session:
         self.cancelling = False
         self.target_key = b""
         self.reached: Address = NOWHERE
+        self.reached_tls: TlsPlan | None = None
 
     @property
     def id(self) -> str:
@@ -133,7 +135,7 @@ class Session:
         if self._client_end is None or self._target_end is None or self._reason is not None:
             return
         if self._target_end.at_message_boundary:
-            self._client_end.transport.write(messages.fatal(ADMIN_SHUTDOWN, told))
+            self._client_end.send(messages.fatal(ADMIN_SHUTDOWN, told))
         self._close(reason)
 
     async def _run(self, connection: socket.socket, accepted: Accepted) -> None:
@@ -160,23 +162,20 @@ class Session:
         gateway = self._gateway
         client = self._client = ClientLeg(connection, gateway.targets.buffer)
 
-        wanted = await client.receive_startup(gateway.client)
+        local = connection.family == socket.AF_UNIX
+        wanted = await client.receive_startup(gateway.admission.policy, gateway.client_tls, local=local)
         gateway.limits.named(self._number)
         if isinstance(wanted, CancelRequest):
             await self._cancel(client, wanted, accepted)
             return False
-        started = self._started = Started(accepted, wanted.parameters)
+        started = self._started = Started(accepted, wanted.parameters, wanted.encryption)
         gateway.limits.begin_client()
         self._is_client = True
 
-        proof = await client.receive_proof(started, gateway.client)
-        client.watch(self._client_left)
-
-        asked = time.monotonic()
-        granted = await self._ask(Question(started, proof.method, proof.answer, proof.salt), asked)
+        granted = await gateway.admission.admit(started, client, self._client_left)
         attached, target = await gateway.targets.attach(granted)
         try:
-            self._attach(client, target, attached)
+            self._attach(client, target, attached, wanted.minor)
         except BaseException:
             target.abort()
             raise
@@ -186,15 +185,6 @@ class Session:
     def _client_left(self) -> None:
         assert self._client is not None  # noqa: S101 (its watcher calls this)
         self.refuse_login(self._client.gone_fault())
-
-    async def _ask(self, question: Question, asked: float) -> Granted:
-        """Steps 4: what the authenticator says."""
-        started = question.started
-        try:
-            mapping = await self._gateway.authenticator.ask(question)
-        except Denied as denied:
-            raise wrong_password(started.user, denied.reason, denied.told) from None
-        return Granted(started, mapping, time.monotonic() - asked)
 
     async def _cancel(self, client: ClientLeg, request: CancelRequest, accepted: Accepted) -> None:
         """A cancel request is a connection of its own: it is answered by being closed."""
@@ -208,17 +198,18 @@ class Session:
             client.close()
         gateway.sink(Cancelled(accepted.address, session.id if session else "", outcome))
 
-    def _attach(self, client: ClientLeg, target: TargetLeg, attached: Attached) -> None:
+    def _attach(self, client: ClientLeg, target: TargetLeg, attached: Attached, minor: int) -> None:
         """Steps 7 and 8: lets the client in and sets the two ends back to back."""
         gateway = self._gateway
         client_transport, client_rest, client_at_eof = client.hand_over()
         target_transport, target_rest, target_at_eof = target.hand_over()
         self._cancel_timer()
-        self.reached = attached.reached
+        self.reached, self.reached_tls = attached.reached, target.plan
         self.target_key = attached.greeting.key
-        self._client_end = _relay.End(self, client_transport, client.fd, False, gateway.targets.buffer)
-        self._target_end = _relay.End(self, target_transport, target.fd, True, gateway.targets.buffer)
-        client_transport.write(client_login.welcome(attached, gateway.keys.issue(self)))
+        buffer = gateway.targets.buffer
+        self._client_end = _relay.End(self, client_transport, client.fd, False, buffer, client.tls)
+        self._target_end = _relay.End(self, target_transport, target.fd, True, buffer, target.tls)
+        self._client_end.send(client_login.welcome(attached, gateway.keys.issue(self, minor)))
         _relay.join(self._client_end, self._target_end)
         self._target_end.start(target_rest, target_at_eof)
         self._client_end.start(client_rest, client_at_eof)
@@ -238,7 +229,10 @@ class Session:
 
     def end_lost(self, end: _relay.End, error: Exception | None) -> None:
         """A connection is gone for good: an `End` reports it."""
-        if end.faces_target:
+        if self._client_end is not None and self._client_end.has_finished:
+            # A target that was told good-bye may close with our own still on its way, which looks like a reset.
+            reason, error = CloseReason.CLIENT_CLOSED, None
+        elif end.faces_target:
             reason = CloseReason.TARGET_LOST if error else CloseReason.TARGET_CLOSED
         else:
             reason = CloseReason.CLIENT_LOST if error else CloseReason.CLIENT_CLOSED
@@ -248,10 +242,12 @@ class Session:
         if self._ends_lost < 2 or client_end is None or target_end is None or self._reason is None:
             return
         self._client_end = self._target_end = None
+        detail = self._detail
+        for side, each in (("client", client_end), ("target", target_end)):
+            if each.truncated and not detail:
+                detail = f"the {side} ended TLS without saying so: its last words may be missing"
         seconds = time.monotonic() - self._began
-        self._gateway.sink(
-            Ended(self.id, self._reason, self._detail, client_end.received, target_end.received, seconds)
-        )
+        self._gateway.sink(Ended(self.id, self._reason, detail, client_end.received, target_end.received, seconds))
         self._over()
 
     def _close(self, reason: CloseReason, detail: str = "") -> None:
@@ -266,7 +262,7 @@ class Session:
         for end in (self._client_end, self._target_end):
             if end is not None:
                 holding = holding or end.holding
-                end.transport.close()
+                end.close()
         if holding:
             self._timer = asyncio.get_running_loop().call_later(self._gateway.close_timeout, self._abort)
 

@@ -138,6 +138,14 @@ def describe(listening: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_local(listening: socket.socket) -> bool:
+    """Whether nobody but this machine reaches it."""
+    if listening.family == socket.AF_UNIX:
+        return True
+    host: str = listening.getsockname()[0]
+    return host == "::1" or host.startswith("127.")
+
+
 class Listener:
     """Accepts on one socket and hands each connection on. States, in order: accepting or pausing, closed."""
 

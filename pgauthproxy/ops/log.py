@@ -209,6 +209,7 @@ def _login(event: LoggedIn) -> dict[str, object]:
         "target": str(attached.reached),
         "target_user": printable(granted.mapping.user),
         "target_database": printable(granted.mapping.database),
+        **({"target_tls": attached.encryption.version} if attached.encryption is not None else {}),
         "authenticator_ms": _milliseconds(granted.authenticator_seconds),
         "connect_ms": _milliseconds(attached.connect_seconds),
         "login_ms": _milliseconds(attached.login_seconds),
@@ -234,12 +235,17 @@ def _who(event: Refused) -> dict[str, str]:
 
 
 def _identity(started: Started) -> dict[str, str]:
-    return {
+    identity = {
         "session": started.accepted.session,
         "client": started.accepted.address,
         "user": printable(started.user),
         "database": printable(started.database),
     }
+    if started.encryption is not None:
+        identity["tls"] = started.encryption.version
+        if started.encryption.certificate is not None:
+            identity["certificate"] = printable(started.encryption.certificate.subject)
+    return identity
 
 
 def _reason(fault: Fault) -> dict[str, str]:

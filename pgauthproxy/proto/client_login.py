@@ -6,8 +6,8 @@ from typing import Final
 import msgspec
 
 from pgauthproxy import _wire
-from pgauthproxy.errors import PROTOCOL_VIOLATION, ClientFault, FrameError, wrong_password
-from pgauthproxy.proto import messages
+from pgauthproxy.errors import INVALID_AUTHORIZATION, PROTOCOL_VIOLATION, ClientFault, FrameError, wrong_password
+from pgauthproxy.proto import messages, scram
 from pgauthproxy.proto.steps import Login, next_message
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Attached
@@ -42,6 +42,38 @@ def receive_cleartext(framer: _wire.Framer, user: bytes, max_message: int) -> Lo
     if b"\n" in password or b"\r" in password:
         raise wrong_password(user, "line break in the password")
     return Proof("cleartext", Secret(password), NO_SALT)
+
+
+def receive_scram(
+    framer: _wire.Framer, user: bytes, verifier: scram.Verifier, binding: bytes, max_message: int
+) -> Login[scram.Keys]:
+    """Lets the client prove that it knows the verifier's password; returns its keys.
+
+    `binding` is the connection's, empty if it has none.
+    """
+    exchange = scram.ScramServer(verifier, scram.fresh_nonce(), binding)
+    try:
+        offered = exchange.mechanisms()
+        yield messages.authentication(messages.AUTH_SASL, b"".join(name + b"\0" for name in offered) + b"\0")
+        framer.allow({messages.PASSWORD_MESSAGE: max_message})
+        _, body = yield from next_message(framer)
+        mechanism, data = messages.parse_sasl_initial_response(body)
+        if mechanism not in offered:
+            raise FrameError("a SASL mechanism that was not offered")
+        if data is None:
+            yield messages.authentication(messages.AUTH_SASL_CONTINUE)
+            _, data = yield from next_message(framer)
+        yield messages.authentication(messages.AUTH_SASL_CONTINUE, exchange.first(mechanism, data))
+        _, data = yield from next_message(framer)
+        server_final, keys = exchange.final(data)
+    except scram.WrongProofError as error:
+        raise wrong_password(user, str(error)) from None
+    except scram.BindingError as error:
+        raise ClientFault(INVALID_AUTHORIZATION, "SCRAM channel binding check failed", str(error)) from None
+    except (FrameError, scram.ScramError) as error:
+        raise ClientFault(PROTOCOL_VIOLATION, "malformed SCRAM message", f"malformed SCRAM message: {error}") from error
+    yield messages.authentication(messages.AUTH_SASL_FINAL, server_final)
+    return keys
 
 
 def _password(framer: _wire.Framer, max_message: int) -> Login[bytes]:

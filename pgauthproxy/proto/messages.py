@@ -12,9 +12,11 @@ from pgauthproxy.errors import FrameError
 from pgauthproxy.stages import Parameters
 
 PROTOCOL_3_0: Final = 3 << 16
+PROTOCOL_3_2: Final = 3 << 16 | 2
 CANCEL_REQUEST: Final = 80877102
 SSL_REQUEST: Final = 80877103
 GSSENC_REQUEST: Final = 80877104
+TLS_ACCEPTED: Final = b"S"
 REQUEST_REFUSED: Final = b"N"
 SQLSTATE: Final = re.compile(rb"[0-9A-Z]{5}")
 # libpq shows nothing of an error above 30,000 bytes that comes before the session.
@@ -83,16 +85,21 @@ class ServerError:
         return cls(sqlstate.decode() if SQLSTATE.fullmatch(sqlstate) else "", fields.get(b"M", b""))
 
 
-def negotiate_protocol_version(refused_options: list[bytes]) -> bytes:
-    """The newest version spoken here is 3.0, and none of these `_pq_.` options is known."""
-    body = PROTOCOL_3_0.to_bytes(4) + len(refused_options).to_bytes(4)
+def negotiate_protocol_version(version: int, refused_options: list[bytes]) -> bytes:
+    """This version is spoken, and none of these `_pq_.` options is known."""
+    body = version.to_bytes(4) + len(refused_options).to_bytes(4)
     return _wire.message(NEGOTIATE_PROTOCOL_VERSION, body + b"".join(name + b"\0" for name in refused_options))
 
 
-def startup_message(parameters: Parameters) -> bytes:
-    """A StartupMessage of protocol 3.0."""
+def startup_message(version: int, parameters: Parameters) -> bytes:
+    """A StartupMessage of this protocol version."""
     pairs = b"".join(name + b"\0" + value + b"\0" for name, value in parameters)
-    return _wire.startup_packet(PROTOCOL_3_0, pairs + b"\0")
+    return _wire.startup_packet(version, pairs + b"\0")
+
+
+def ssl_request() -> bytes:
+    """An SSLRequest."""
+    return _wire.startup_packet(SSL_REQUEST, b"")
 
 
 def cancel_request(key: bytes) -> bytes:
@@ -120,6 +127,19 @@ def parse_password_message(body: bytes) -> bytes:
 def sasl_initial_response(mechanism: bytes, data: bytes) -> bytes:
     """A SASLInitialResponse with data."""
     return _wire.message(PASSWORD_MESSAGE, mechanism + b"\0" + len(data).to_bytes(4) + data)
+
+
+def parse_sasl_initial_response(body: bytes) -> tuple[bytes, bytes | None]:
+    """The mechanism and the data of a SASLInitialResponse, None if it has none. Raises FrameError."""
+    mechanism, terminator, rest = body.partition(b"\0")
+    if not terminator or len(rest) < 4:
+        raise FrameError("SASL initial response that is cut short")
+    length = int.from_bytes(rest[:4], signed=True)
+    if length == -1 and len(rest) == 4:
+        return mechanism, None
+    if length < 0 or length != len(rest) - 4:
+        raise FrameError("SASL initial response with a length that is not its own")
+    return mechanism, rest[4:]
 
 
 def sasl_response(data: bytes) -> bytes:

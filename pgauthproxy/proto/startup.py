@@ -16,17 +16,24 @@ from pgauthproxy.errors import (
     FrameError,
 )
 from pgauthproxy.proto import messages
-from pgauthproxy.proto.steps import MORE, Login
-from pgauthproxy.stages import Parameters, parameter
+from pgauthproxy.proto.steps import MORE, Login, StartTls, TlsSide
+from pgauthproxy.stages import Encryption, Parameters, parameter
 
 RESERVED_PREFIXES: Final = (b"_SOURCE_", b"_META_")
 PROTOCOL_OPTION_PREFIX: Final = b"_pq_."
+TLS_HANDSHAKE: Final = 0x16
+APPLICATION_PROTOCOL: Final = "postgresql"
 
 
 class StartupMessage(msgspec.Struct, frozen=True):
-    """What a client wants. Options of the protocol itself (`_pq_.`) are answered here and are no parameters."""
+    """What a client wants. Options of the protocol itself (`_pq_.`) are answered here and are no parameters.
+
+    `minor` is the minor version of protocol 3 that is spoken from here on.
+    """
 
     parameters: Parameters
+    minor: int
+    encryption: Encryption | None
 
 
 class CancelRequest(msgspec.Struct, frozen=True):
@@ -35,32 +42,60 @@ class CancelRequest(msgspec.Struct, frozen=True):
     key: bytes
 
 
-def receive_startup(framer: _wire.Framer, max_packet: int) -> Login[StartupMessage | CancelRequest]:
+def receive_startup(
+    framer: _wire.Framer, max_packet: int, tls: TlsSide | None, *, tls_required: bool
+) -> Login[StartupMessage | CancelRequest]:
     """Answers the encryption requests (each at most once) until the client says what it wants.
 
-    `max_packet` bounds the length field, in bytes.
+    `max_packet` bounds the length field, in bytes. `tls` is None where there is none. A cancel request proves itself
+    by its key and may come in plain even where TLS is required, as PostgreSQL has it.
     """
+    encryption = yield from _direct_tls(framer, tls)
     requests_left = {messages.SSL_REQUEST: "SSL request", messages.GSSENC_REQUEST: "GSSAPI encryption request"}
+    if encryption is not None:
+        requests_left.clear()
     while True:
         code, body = yield from _next_packet(framer, max_packet)
         if code in requests_left:
             request = requests_left.pop(code)
             if framer.pending:
                 raise ClientFault(PROTOCOL_VIOLATION, f"received unencrypted data after {request}")
-            yield messages.REQUEST_REFUSED
+            if code == messages.SSL_REQUEST and tls is not None:
+                yield messages.TLS_ACCEPTED
+                encryption = yield StartTls(tls)
+                requests_left.clear()
+            else:
+                yield messages.REQUEST_REFUSED
         elif code == messages.CANCEL_REQUEST:
             return CancelRequest(body)
-        elif code >> 16 != 3:
+        elif code >> 16 != messages.PROTOCOL_3_0 >> 16:
             raise ClientFault(
                 FEATURE_NOT_SUPPORTED,
-                f"unsupported frontend protocol {code >> 16}.{code & 0xFFFF}: server supports 3.0 to 3.0",
+                f"unsupported frontend protocol {code >> 16}.{code & 0xFFFF}: server supports 3.0 to 3.2",
             )
+        elif tls_required and encryption is None:
+            raise ClientFault(INVALID_AUTHORIZATION, "connection requires TLS (sslmode=require or better)")
         else:
             sent = parse_parameters(body)
             refused = [name for name, _ in sent if name.startswith(PROTOCOL_OPTION_PREFIX)]
-            if code != messages.PROTOCOL_3_0 or refused:
-                yield messages.negotiate_protocol_version(refused)
-            return StartupMessage(tuple(pair for pair in sent if pair[0] not in refused))
+            version = min(code, messages.PROTOCOL_3_2)
+            if version != code or refused:
+                yield messages.negotiate_protocol_version(version, refused)
+            parameters = tuple(pair for pair in sent if pair[0] not in refused)
+            return StartupMessage(parameters, version & 0xFFFF, encryption)
+
+
+def _direct_tls(framer: _wire.Framer, tls: TlsSide | None) -> Login[Encryption | None]:
+    """TLS from the first byte on (`sslnegotiation=direct`): told apart by that byte, which begins no startup packet."""
+    while not framer.pending:
+        yield MORE
+    if tls is None or framer.first_byte != TLS_HANDSHAKE:
+        return None
+    encryption: Encryption = yield StartTls(tls)
+    if encryption.application_protocol != APPLICATION_PROTOCOL:
+        # Whoever speaks another protocol to this port has been led here by somebody (ALPACA).
+        raise ClientFault(PROTOCOL_VIOLATION, "direct TLS without the application protocol postgresql")
+    return encryption
 
 
 def _next_packet(framer: _wire.Framer, max_packet: int) -> Login[tuple[int, bytes]]:

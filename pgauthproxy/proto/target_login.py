@@ -4,26 +4,30 @@ The target is not trusted either: one authentication exchange, nothing session-l
 length bounded, no password in clear where others can read it, and a server that speaks SCRAM must prove itself.
 """
 
-import base64
-import secrets
 from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from pgauthproxy import _wire
 from pgauthproxy._digest import md5_answer, md5_password
 from pgauthproxy.errors import (
     CONNECTION_FAILURE,
+    INVALID_AUTHORIZATION,
     PROTOCOL_VIOLATION,
     TARGET_REJECTED,
     FrameError,
     TargetFault,
+    TlsRefused,
 )
 from pgauthproxy.proto import messages, scram
-from pgauthproxy.proto.steps import MORE, DeriveKey, Login, next_message
+from pgauthproxy.proto.steps import MORE, DeriveKey, Login, TlsPlan, next_message
+from pgauthproxy.proto.target_tls import start_tls
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import Greeting, Mapping
+from pgauthproxy.stages import Encryption, Granted, Greeting, Password, ProvedKeys, StoredMd5
 
 MAX_GREETING_BYTES: Final = 1 << 20
+MAX_KEY_BYTES: Final = 4 + 256
 PASSED_ON: Final = bytes((messages.PARAMETER_STATUS, messages.NOTICE_RESPONSE))
 NEUTRAL_TEXTS: Final = {
     "3D000": "database does not exist",
@@ -42,19 +46,36 @@ class TargetLimits:
     scram_iterations: int
 
 
-def target_login(
-    framer: _wire.Framer, mapping: Mapping, limits: TargetLimits, *, private_channel: bool, pass_error_text: bool
-) -> Login[Greeting]:
-    """Logs in with the mapping's parameters and credential.
+class Welcome(msgspec.Struct, frozen=True):
+    """The target has let us in."""
 
-    `private_channel`: nobody else can read what is sent (loopback, Unix socket); `pass_error_text`: clients may be
-    told the target's own words. Raises TargetFault.
+    greeting: Greeting
+    encryption: Encryption | None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetTerms:
+    """On what terms one target is spoken to.
+
+    `tls` is None for plain; `local`: nobody else can read what is sent (loopback, Unix socket); `pass_error_text`:
+    clients may be told the target's own words, if it is known to be the target that says them.
     """
-    exchange = _Exchange(framer, mapping, limits, private_channel, pass_error_text)
+
+    version: int
+    tls: TlsPlan | None
+    local: bool
+    pass_error_text: bool
+    limits: TargetLimits
+
+
+def target_login(framer: _wire.Framer, granted: Granted, terms: TargetTerms) -> Login[Welcome]:
+    """Logs in with the mapping's parameters and the credential that was granted. Raises TargetFault."""
     try:
-        yield messages.startup_message(mapping.parameters)
+        encryption = yield from start_tls(framer, terms.tls)
+        exchange = _Exchange(framer, granted, terms, encryption)
+        yield messages.startup_message(terms.version, granted.mapping.parameters)
         yield from exchange.authenticate()
-        return (yield from exchange.greeting())
+        return Welcome((yield from exchange.greeting()), encryption)
     except (FrameError, scram.ScramError) as error:
         raise TargetFault(
             PROTOCOL_VIOLATION, "the target server broke the protocol", f"target broke the protocol: {error}"
@@ -64,16 +85,17 @@ def target_login(
 class _Exchange:
     """One login's way through the messages. States, in order: asked, answered, let in, ready."""
 
-    __slots__ = ("_credential", "_framer", "_limits", "_mapping", "_pass_text", "_private")
+    __slots__ = ("_credential", "_encryption", "_framer", "_limits", "_terms", "_user")
 
     def __init__(
-        self, framer: _wire.Framer, mapping: Mapping, limits: TargetLimits, private: bool, pass_text: bool
+        self, framer: _wire.Framer, granted: Granted, terms: TargetTerms, encryption: Encryption | None
     ) -> None:
         self._framer = framer
-        self._mapping = mapping
-        self._limits = limits
-        self._private = private
-        self._pass_text = pass_text
+        self._credential = granted.credential
+        self._user = granted.mapping.user
+        self._terms = terms
+        self._limits = terms.limits
+        self._encryption = encryption
 
     def authenticate(self) -> Login[None]:
         """At most one request, then AuthenticationOk."""
@@ -85,8 +107,9 @@ class _Exchange:
         first = yield from next_message(self._framer)
         self._framer.allow(limits)
         if first[0] == messages.NEGOTIATE_PROTOCOL_VERSION:
-            # The target does not know a `_pq_.` option of the mapping; the protocol stays 3.0.
+            # The target speaks an older minor version, or does not know a `_pq_.` option of the mapping.
             first = yield from next_message(self._framer)
+        self._check_tls_is_wanted(first)
         kind, data = self._parse_request(first)
         if kind == messages.AUTH_OK:
             return
@@ -103,6 +126,14 @@ class _Exchange:
         kind, _ = yield from self._request()
         if kind != messages.AUTH_OK:
             raise FrameError(f"authentication request {kind} after the one exchange there is")
+
+    def _check_tls_is_wanted(self, first: tuple[int, bytes]) -> None:
+        """A server whose pg_hba.conf lets this role in without TLS alone says so before it asks for anything."""
+        if self._encryption is None or self._terms.tls is None or self._terms.tls.required:
+            return
+        kind, body = first
+        if kind == messages.ERROR_RESPONSE and messages.ServerError.decode(body).sqlstate == INVALID_AUTHORIZATION:
+            raise TlsRefused("target does not let this role in over TLS")
 
     def _request(self) -> Login[tuple[int, bytes]]:
         return self._parse_request((yield from next_message(self._framer)))
@@ -146,24 +177,43 @@ class _Exchange:
                     raise FrameError("ReadyForQuery without a status")
                 parts.append(_wire.message(kind, body))
                 return Greeting(before_key, key, b"".join(parts))
-            if key or len(body) < 8:
-                raise FrameError("a second or cut BackendKeyData")
+            if key or not 8 <= len(body) <= MAX_KEY_BYTES:
+                raise FrameError("a second BackendKeyData, or one of a wrong length")
             before_key, key = b"".join(parts), body
             parts.clear()
 
-    def _scram(self, mechanisms: bytes) -> Login[None]:
-        if scram.MECHANISM not in mechanisms.split(b"\0"):
-            raise _cannot("target offers no SASL mechanism that the gateway knows")
-        password = self._password("SCRAM")
-        exchange = scram.ScramClient(base64.b64encode(secrets.token_bytes(scram.NONCE_BYTES)))
-        yield messages.sasl_initial_response(scram.MECHANISM, exchange.first())
+    def _scram(self, offered: bytes) -> Login[None]:
+        exchange, mechanism = self._scram_client(offered.split(b"\0"))
+        yield messages.sasl_initial_response(mechanism, exchange.first())
         challenge = exchange.challenge(
             (yield from self._sasl(messages.AUTH_SASL_CONTINUE)), self._limits.scram_iterations
         )
-        salted = yield DeriveKey(password, challenge.salt, challenge.iterations)
-        assert salted is not None  # noqa: S101 (the driver's part of the contract)
-        yield messages.sasl_response(exchange.final(challenge, salted))
+        keys = yield from self._keys(challenge)
+        yield messages.sasl_response(exchange.final(challenge, keys))
         exchange.verify((yield from self._sasl(messages.AUTH_SASL_FINAL)))
+
+    def _scram_client(self, offered: list[bytes]) -> tuple[scram.ScramClient, bytes]:
+        """Our side of the exchange, and the mechanism: bound to the channel where both sides can."""
+        binding = b"" if self._encryption is None else self._encryption.binding
+        plus = scram.MECHANISM_PLUS in offered
+        if plus and self._encryption is None:
+            raise FrameError("SCRAM-SHA-256-PLUS offered without TLS")
+        if plus and binding:
+            return scram.ScramClient(scram.fresh_nonce(), scram.BINDS, binding), scram.MECHANISM_PLUS
+        if scram.MECHANISM not in offered:
+            raise _cannot("target offers no SASL mechanism that the gateway knows")
+        header = scram.SERVER_CANNOT_BIND if binding else scram.CANNOT_BIND
+        return scram.ScramClient(scram.fresh_nonce(), header), scram.MECHANISM
+
+    def _keys(self, challenge: scram.Challenge) -> Login[scram.Keys]:
+        """What proves us: derived from a password, or what the client has shown."""
+        proved = self._credential
+        if not isinstance(proved, ProvedKeys):
+            salted = yield DeriveKey(self._password("SCRAM"), challenge.salt, challenge.iterations)
+            return scram.Keys.of(salted)
+        if (challenge.salt, challenge.iterations) != (proved.salt, proved.iterations):
+            raise _cannot("target does not store the verifier that the client was held to")
+        return scram.Keys(proved.client_key.reveal(), proved.server_key.reveal())
 
     def _sasl(self, expected: int) -> Login[bytes]:
         kind, data = yield from self._request()
@@ -172,21 +222,26 @@ class _Exchange:
         return data
 
     def _password(self, what_for: str) -> Secret:
-        if self._mapping.credential is None:
+        if isinstance(self._credential, Password):
+            return self._credential.secret
+        if self._credential is None:
             raise _cannot(f"target asks for {what_for}, and the authenticator gave no credential")
-        if self._mapping.credential_is_md5:
-            raise _cannot(f"target asks for {what_for}, which an md5 credential cannot answer")
-        return self._mapping.credential
+        held = "an md5 credential" if isinstance(self._credential, StoredMd5) else "what the client proved"
+        raise _cannot(f"target asks for {what_for}, which {held} cannot answer")
 
     def _cleartext(self) -> bytes:
-        if not self._private:
-            raise _cannot("target asks for the password in clear over a network without TLS")
+        if not self._terms.local:
+            if self._encryption is None or self._terms.tls is None:
+                raise _cannot("target asks for the password in clear over a network without TLS")
+            if not self._terms.tls.required:
+                # Whoever stands in between ends TLS that is merely preferred, and has the password.
+                raise _cannot("target asks for the password in clear over TLS that is not required")
         return self._password("a cleartext password").reveal()
 
     def _stored_md5(self) -> bytes:
-        if self._mapping.credential is not None and self._mapping.credential_is_md5:
-            return self._mapping.credential.reveal()
-        return md5_password(self._password("MD5").reveal(), self._mapping.user)
+        if isinstance(self._credential, StoredMd5):
+            return self._credential.secret.reveal()
+        return md5_password(self._password("MD5").reveal(), self._user)
 
     def _refused(self, body: bytes) -> TargetFault:
         """What an ErrorResponse of the target means for the client."""
@@ -197,7 +252,8 @@ class _Exchange:
         if not error.sqlstate:
             return TargetFault(CONNECTION_FAILURE, "the target server refused the connection", detail)
         told = NEUTRAL_TEXTS.get(error.sqlstate, "the target server refused the connection")
-        text = error.text if self._pass_text and self._private else b""
+        known = self._terms.local or (self._terms.tls is not None and self._terms.tls.verified)
+        text = error.text if self._terms.pass_error_text and known else b""
         return TargetFault(error.sqlstate, text or told, detail)
 
 

@@ -1,0 +1,117 @@
+"""Steps 3 and 4: how a client proves who it is, and what the authenticator says to that.
+
+Two orders, by the method. With `md5` and `cleartext` the client answers first, and the authenticator judges the answer;
+if it gives a verifier instead of a judgement, the gateway compares. With `scram-sha-256` the authenticator is asked
+first, since the exchange begins with the user's own salt; with `cert` there is nothing left to prove. Whoever the
+authenticator refuses goes through the same exchange, and fails at its end.
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pgauthproxy._digest import md5_answer, md5_password
+from pgauthproxy.auth.model import Authenticator, Denied, Question
+from pgauthproxy.errors import INVALID_AUTHORIZATION, INVALID_PASSWORD, AuthenticatorFault, ClientFault, wrong_password
+from pgauthproxy.gateway.client_leg import ClientLeg, ClientPolicy
+from pgauthproxy.proto import scram
+from pgauthproxy.proto.client_login import MD5_ANSWER, Proof
+from pgauthproxy.secret import Secret
+from pgauthproxy.stages import FromClient, Granted, Mapping, Password, ProvedKeys, Started
+
+Watcher = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Lets clients in, or not. `seed` is what made-up verifiers are made from, `scram_iterations` what they claim."""
+
+    authenticator: Authenticator
+    policy: ClientPolicy
+    seed: Secret
+    scram_iterations: int
+
+    async def admit(self, started: Started, client: ClientLeg, client_left: Watcher) -> Granted:
+        """The grant, once the client has proved what it must. `client_left` is called if it goes meanwhile.
+
+        Raises ClientFault and AuthenticatorFault.
+        """
+        try:
+            if self.policy.method == "scram-sha-256":
+                return await self._by_scram(started, client, client_left)
+            if self.policy.method == "cert":
+                return await self._by_certificate(started, client, client_left)
+            return await self._by_password(started, client, client_left)
+        except Denied as denied:
+            raise wrong_password(started.user, denied.reason, denied.told) from None
+
+    async def _by_password(self, started: Started, client: ClientLeg, client_left: Watcher) -> Granted:
+        proof = await client.receive_password(started, self.policy)
+        client.watch(client_left)
+        mapping, seconds = await self._ask(Question(started, proof.method, proof.answer, proof.salt))
+        if mapping.verifier is not None:
+            await _compare(started, mapping.verifier.reveal(), proof)
+        return _grant(started, mapping, Password(proof.answer) if proof.method == "cleartext" else None, seconds)
+
+    async def _by_certificate(self, started: Started, client: ClientLeg, client_left: Watcher) -> Granted:
+        if started.encryption is None or started.encryption.certificate is None:
+            raise ClientFault(INVALID_AUTHORIZATION, "connection requires a valid client certificate")
+        client.watch(client_left)
+        mapping, seconds = await self._ask(Question(started, self.policy.method))
+        return _grant(started, mapping, None, seconds)
+
+    async def _by_scram(self, started: Started, client: ClientLeg, client_left: Watcher) -> Granted:
+        client.watch(client_left)
+        try:
+            mapping, seconds = await self._ask(Question(started, self.policy.method))
+        except Denied:
+            await self._fail_by_scram(started, client)
+            raise
+        verifier = scram.Verifier.parse(mapping.verifier.reveal()) if mapping.verifier is not None else None
+        if verifier is None:
+            raise AuthenticatorFault("authenticator gave no _META_SOURCE_VERIFIER that is a SCRAM verifier")
+        keys = await client.receive_scram(started, verifier, self.policy)
+        proved = ProvedKeys(Secret(keys.client), Secret(keys.server), verifier.salt, verifier.iterations)
+        return _grant(started, mapping, proved, seconds)
+
+    async def _fail_by_scram(self, started: Started, client: ClientLeg) -> None:
+        """The same exchange as for anybody, so that nobody learns who exists, with a verifier that nothing fits."""
+        verifier = scram.Verifier.made_up(started.user, self.seed.reveal(), self.scram_iterations)
+        try:
+            await client.receive_scram(started, verifier, self.policy)
+        except ClientFault as fault:
+            if fault.sqlstate != INVALID_PASSWORD:
+                raise
+
+    async def _ask(self, question: Question) -> tuple[Mapping, float]:
+        """What the authenticator answers, and how many seconds it took. Raises Denied and AuthenticatorFault."""
+        asked = time.monotonic()
+        mapping = await self.authenticator.ask(question)
+        return mapping, time.monotonic() - asked
+
+
+async def _compare(started: Started, verifier: bytes, proof: Proof) -> None:
+    """Holds a password, or its salted MD5, to a verifier. Raises ClientFault if it is not the right one."""
+    answer = proof.answer.reveal()
+    if MD5_ANSWER.fullmatch(verifier):
+        given = md5_password(answer, started.user) if proof.method == "cleartext" else answer
+        expected = verifier if proof.method == "cleartext" else md5_answer(verifier, proof.salt)
+        fits = hmac.compare_digest(given, expected)
+    elif proof.method == "cleartext" and (parsed := scram.Verifier.parse(verifier)) is not None:
+        fits = parsed.fits(await asyncio.to_thread(scram.salted_password, answer, parsed.salt, parsed.iterations))
+    else:
+        raise AuthenticatorFault(f"authenticator gave a _META_SOURCE_VERIFIER that method {proof.method} cannot use")
+    if not fits:
+        raise wrong_password(started.user, "wrong password")
+
+
+def _grant(started: Started, mapping: Mapping, proved: Password | ProvedKeys | None, seconds: float) -> Granted:
+    """The grant, with the credential for the target: the mapping's, or what the client proved if that is asked for."""
+    credential = mapping.credential
+    if not isinstance(credential, FromClient):
+        return Granted(started, mapping, credential, seconds)
+    if proved is None:
+        raise AuthenticatorFault("_META_TARGET_CRED=client needs a client that answers in cleartext or by SCRAM")
+    return Granted(started, mapping, proved, seconds)
