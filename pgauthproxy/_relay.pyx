@@ -28,6 +28,14 @@ from pgauthproxy.errors import TlsError
 cdef extern from "sys/socket.h" nogil:
     ssize_t send(int fd, const void *data, size_t size, int flags)
 
+cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    enum: POLLERR
+    int poll(pollfd *fds, unsigned long count, int timeout)
+
 
 cdef enum:
     # ReadyForQuery: type, length 5, transaction status
@@ -48,10 +56,13 @@ cdef class ForwardBuffer:
     """The bytes between a read and its write; one for all sessions of an event loop. `size` is in bytes.
 
     `space` is what sockets are read into. What TLS records say is put into memory of the same size beside it, at least
-    one record of the longest.
+    one record of the longest. `paused` holds the ends of clients that are not read at the moment, since their target
+    takes nothing; `when_paused` is called when the first gets there.
     """
 
     cdef readonly bytearray space
+    cdef readonly set paused
+    cdef public object when_paused
     cdef bytearray _plain
     cdef char *_at
     cdef char *_plain_at
@@ -60,6 +71,7 @@ cdef class ForwardBuffer:
     def __cinit__(self, Py_ssize_t size):
         if size < 1:
             raise ValueError("the forwarding buffer must hold at least one byte")
+        self.paused = set()
         self.space = bytearray(size)
         self._at = self.space
         self._plain_size = max(size, <Py_ssize_t>RECORD_BYTES)
@@ -140,6 +152,14 @@ cdef class End:
         return self._at_eof or self._ends_in_terminate()
 
     @property
+    def is_reset(self):
+        """Whether the connection was reset. A transport that is not read does not tell."""
+        cdef pollfd polled
+        polled.fd = self._fd
+        polled.events = polled.revents = 0
+        return self._fd >= 0 and poll(&polled, 1, 0) > 0 and (polled.revents & POLLERR) != 0
+
+    @property
     def holding(self):
         """Whether the transport has bytes that its socket did not take yet."""
         return self._holding
@@ -179,11 +199,17 @@ cdef class End:
         self._holding = True
         if self._peer is not None:
             self._peer.transport.pause_reading()
+            if self.faces_target:
+                self._buffer.paused.add(self._peer)
+                if self._buffer.when_paused is not None and len(self._buffer.paused) == 1:
+                    self._buffer.when_paused()
 
     def resume_writing(self):
         self._holding = False
-        if self._peer is not None and not self._peer._at_eof:
-            self._peer.transport.resume_reading()
+        if self._peer is not None:
+            self._buffer.paused.discard(self._peer)
+            if not self._peer._at_eof:
+                self._peer.transport.resume_reading()
 
     def connection_lost(self, error):
         if error is None and self._broken:
@@ -192,6 +218,7 @@ cdef class End:
             error = self._failure
         cdef End peer = self._peer
         session = self._session
+        self._buffer.paused.discard(self)
         self._session = None
         self._peer = None
         self._fd = -1

@@ -13,6 +13,7 @@ from pgauthproxy.events import AuthenticatorSaid, Sink
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
+from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.session import Gateway
 from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
@@ -145,10 +146,12 @@ def faults_of(settings: Settings) -> list[str]:
 
 def build_gateway(settings: Settings, sink: Sink) -> Gateway:
     """A gateway that serves nobody yet. Raises TlsConfigError."""
+    targets = build_targets(settings)
     return Gateway(
         admission=build_admission(settings, sink),
         client_tls=build_client_tls(settings),
-        targets=build_targets(settings),
+        targets=targets,
+        paused=PausedClients(targets.buffer),
         limits=Limits(settings.max_clients, settings.max_logins),
         login_timeout=settings.login_timeout,
         cancel_timeout=settings.cancel_timeout,

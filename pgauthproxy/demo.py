@@ -40,6 +40,7 @@ def example(name: str) -> Path:
 def run(port: int) -> None:
     """Shows two logins and a refusal; on a terminal it stays until Ctrl-C. Raises DemoError."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with ThrowawayPostgres(hba=HBA) as server:
             server.sql(ROLES)

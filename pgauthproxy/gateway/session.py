@@ -26,6 +26,7 @@ from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
 from pgauthproxy.gateway.limits import Limits
+from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.startup import CancelRequest
@@ -45,6 +46,7 @@ class Gateway:
     cancel_timeout: float
     close_timeout: float
     sink: Sink
+    paused: PausedClients
     keys: CancelKeys = field(default_factory=CancelKeys)
     sessions: "set[Session]" = field(default_factory=set)
     draining: bool = False

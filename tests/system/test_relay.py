@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -162,6 +163,29 @@ def test_a_client_that_goes_closes_its_target_at_once(mapped_to: MappedTo, *, re
         why = gateway.wait_for("session ended")["why"]
     assert closed[0] - left < AT_ONCE_SECONDS
     assert why == ("client connection lost" if reset else "client closed")
+
+
+def test_a_client_that_is_reset_while_its_target_takes_nothing_is_noticed(mapped_to: MappedTo) -> None:
+    done = threading.Event()
+
+    def script(connection: socket.socket) -> None:
+        greet(connection)
+        # Nothing is read; the end of the session is seen by the gateway's log.
+        assert done.wait(SECONDS)
+
+    with ScriptedTarget(script) as target:
+        gateway = mapped_to(before(target))
+        with RawClient(gateway.port) as client:
+            client.log_in()
+            client.socket.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    client.socket.send(bytes(65536))
+            # Both buffers of the system and ours are full: the gateway reads this client no more.
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        ended = gateway.wait_for("session ended")
+        done.set()
+    assert (ended["why"], ended["seconds"] < SECONDS) == ("client connection lost", True)
 
 
 def test_a_client_that_goes_in_the_middle_of_an_answer_closes_its_target_at_once(mapped_to: MappedTo) -> None:
