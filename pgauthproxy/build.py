@@ -5,11 +5,11 @@ import secrets
 from pathlib import Path
 
 from pgauthproxy import _relay
-from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits, missing_command
-from pgauthproxy.auth.model import Authenticator
+from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits
+from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
 from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
-from pgauthproxy.events import AuthenticatorSaid, Sink
+from pgauthproxy.events import AuthenticatorSaid, Sink, ignore
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
@@ -31,7 +31,15 @@ def tcp_options(settings: Settings) -> TcpOptions:
 
 
 def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
-    """The authenticator that the settings ask for."""
+    """The authenticator that the settings ask for, not started yet. Raises AuthenticatorConfigError."""
+    match settings.kind:
+        case "command":
+            return _command(settings, sink)
+        case None:
+            raise AuthenticatorConfigError("authenticator.cmd: no authenticator is configured")
+
+
+def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
     wanted = settings.authenticator
     limits = CommandLimits(
         timeout=wanted.timeout,
@@ -125,11 +133,10 @@ def faults_of(settings: Settings) -> list[str]:
             parse_listen(text)
         except ListenError as error:
             faults.append(str(error))
-    argv = settings.authenticator.cmd
-    if not argv:
-        faults.append("authenticator.cmd: no authenticator is configured")
-    elif (missing := missing_command(argv)) is not None:
-        faults.append(f"authenticator.cmd: {missing}")
+    try:
+        build_authenticator(settings, ignore)
+    except AuthenticatorConfigError as error:
+        faults.append(str(error))
     try:
         build_client_tls(settings)
     except TlsConfigError as error:

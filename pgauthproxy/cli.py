@@ -11,6 +11,7 @@ import click
 
 from pgauthproxy import worker
 from pgauthproxy._digest import md5_password
+from pgauthproxy.auth.model import AuthenticatorConfigError
 from pgauthproxy.build import faults_of
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
@@ -101,6 +102,8 @@ def _serve(loaded: Loaded) -> None:
         _fail(str(error))
     try:
         worker.serve(settings, listening, sink)
+    except AuthenticatorConfigError as error:
+        _fail(str(error))
     finally:
         sink.flush()
 
@@ -115,9 +118,7 @@ def check(context: click.Context, /, **flags: Any) -> None:
     """
     loaded = _load({name: value if value is not None else context.obj[name] for name, value in flags.items()})
     for key in schema.all_keys():
-        value: Any = loaded.settings
-        for name in key.path.split("."):
-            value = getattr(value, name)
+        value = schema.in_force(loaded.settings, key)
         click.echo(f"{key.path} = {_shown(key, value)}  ({loaded.origins[key.path]})")
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}")
@@ -128,7 +129,7 @@ def check(context: click.Context, /, **flags: Any) -> None:
 
 def _shown(key: schema.Key, value: Any) -> str:
     if value is None:
-        return f"({key.default_text})"
+        return "(not set)"
     if value and key.path in schema.SECRET_PATHS:
         return "***"
     if isinstance(value, bool):

@@ -72,3 +72,7 @@ class Noticed(msgspec.Struct, frozen=True):
 
 Event = LoggedIn | Refused | Ended | Cancelled | AuthenticatorSaid | Noticed
 Sink = Callable[[Event], None]
+
+
+def ignore(_event: Event) -> None:
+    """A sink for where nobody is to be told."""

@@ -50,7 +50,7 @@ def open_listeners(settings: Settings) -> list[socket.socket]:
 
 
 def serve(settings: Settings, listening: list[socket.socket], sink: Sink) -> None:
-    """Runs until a signal ends it."""
+    """Runs until a signal ends it. Raises AuthenticatorConfigError if it cannot begin to."""
     uvloop.run(Worker(prepare_process(settings, sink), sink).run(listening))
 
 
@@ -105,6 +105,8 @@ class Worker:
         self._ended = asyncio.Event()
 
     async def run(self, listening: list[socket.socket]) -> None:
+        """Raises AuthenticatorConfigError if the authenticator cannot be started."""
+        await self._gateway.admission.authenticator.start()
         self._start(listening)
         await self._draining.wait()
         await self._drain()
@@ -181,7 +183,7 @@ class Worker:
             for session in list(self._gateway.sessions):
                 session.end(CloseReason.SHUTDOWN, b"terminating connection due to administrator command")
             await self._wait_for_end(min(1.0, self._settings.close_timeout))
-        self._gateway.admission.authenticator.close()
+        await self._gateway.admission.authenticator.close()
         self._sink(Noticed("info", "ended"))
 
     async def _wait_for_end(self, seconds: float) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 
 from pgauthproxy import _spawn
 from pgauthproxy.auth import fields
-from pgauthproxy.auth.model import Denied, Question
+from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Question
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.stages import Mapping
 
@@ -51,26 +51,32 @@ class CommandAuthenticator:
     def __init__(
         self, argv: Sequence[str], environment: Environment[bytes, bytes], limits: CommandLimits, said: SaidSink
     ) -> None:
+        """Raises AuthenticatorConfigError if there is no such command."""
+        if (missing := missing_command(argv)) is not None:
+            raise AuthenticatorConfigError(f"authenticator.cmd: {missing}")
+        self._argv = argv
+        self._environment = environment
+        self._limits = limits
+        self._said = said
+        self._runner: _spawn.Runner | None = None
+
+    async def start(self) -> None:
+        limits = self._limits
         self._runner = _spawn.Runner(
-            [os.fsencode(word) for word in argv],
-            [name + b"=" + value for name, value in environment.items()],
+            [os.fsencode(word) for word in self._argv],
+            [name + b"=" + value for name, value in self._environment.items()],
             limits.max_parallel,
             limits.timeout,
             limits.grace,
             limits.max_output,
             limits.max_errors,
         )
-        self._limits = limits
-        self._said = said
-        self._listening: asyncio.AbstractEventLoop | None = None
+        asyncio.get_running_loop().add_reader(self._runner.fileno(), self._collect, self._runner)
 
     async def ask(self, question: Question) -> Mapping:
-        loop = asyncio.get_running_loop()
-        if self._listening is None:
-            self._listening = loop
-            loop.add_reader(self._runner.fileno(), self._collect)
+        assert self._runner is not None  # noqa: S101 (it was started)
         run = self._runner.start(fields.encode_question(question))
-        run.done = loop.create_future()
+        run.done = asyncio.get_running_loop().create_future()
         try:
             await run.done
         except asyncio.CancelledError:
@@ -84,14 +90,15 @@ class CommandAuthenticator:
             self._report(question.started.accepted.session, run)
         return self._decide(run)
 
-    def close(self) -> None:
-        if self._listening is not None:
-            self._listening.remove_reader(self._runner.fileno())
-            self._listening = None
-        self._runner.close()
+    async def close(self) -> None:
+        if self._runner is not None:
+            asyncio.get_running_loop().remove_reader(self._runner.fileno())
+            self._runner.close()
+            self._runner = None
 
-    def _collect(self) -> None:
-        for run in self._runner.collect():
+    @staticmethod
+    def _collect(runner: _spawn.Runner) -> None:
+        for run in runner.collect():
             if run.done is not None and not run.done.done():
                 run.done.set_result(None)
 

@@ -108,6 +108,7 @@ def decode_mapping(output: bytes, max_lines: int) -> Mapping:
         verifier=Secret(verifier) if verifier else None,
         tls=_target_tls(pairs),
         session_seconds=_seconds(pairs, b"_META_SESSION_SECONDS"),
+        cache_seconds=_seconds(pairs, b"_META_CACHE_SECONDS", or_zero=True),
     )
 
 
@@ -130,16 +131,16 @@ def _target_tls(pairs: dict[bytes, bytes]) -> tuple[tuple[str, str], ...]:
         raise NonsenseError("a _META_TARGET_ field for TLS that is not UTF-8") from None
 
 
-def _seconds(pairs: dict[bytes, bytes], name: bytes) -> float | None:
-    """A positive, finite number of seconds; None if the field is missing or empty."""
+def _seconds(pairs: dict[bytes, bytes], name: bytes, *, or_zero: bool = False) -> float | None:
+    """A positive, finite number of seconds, `or_zero`; None if the field is missing or empty."""
     text = pairs.get(name, b"")
     if not text:
         return None
     try:
         seconds = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e9:
+        seconds = -1.0
+    if not (0 < seconds < 1e9 or (or_zero and seconds == 0)):
         raise NonsenseError(f"{name.decode()} is no number of seconds")
     return seconds
 

@@ -30,11 +30,22 @@ class Denied(Exception):
         self.told = told
 
 
+class AuthenticatorConfigError(Exception):
+    """An authenticator that cannot be used as it is configured; the text is one line for the operator."""
+
+
 class Authenticator(Protocol):
-    """Decides about logins. One instance serves all sessions."""
+    """Decides about logins. One instance serves all sessions of a process.
+
+    Made without any effect beyond reading files and importing code, which may raise AuthenticatorConfigError; then
+    started, asked any number of times at once, closed.
+    """
+
+    async def start(self) -> None:
+        """Makes ready to be asked. Raises AuthenticatorConfigError."""
 
     async def ask(self, question: Question) -> Mapping:
         """Raises Denied for "no", AuthenticatorFault if there is no answer. Cancelling it ends what it started."""
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Gives back what it holds; nothing is asked any more."""

@@ -1,5 +1,10 @@
 """The reference of all settings, docs/config.md: `python -m pgauthproxy.config.reference > docs/config.md`."""
 
+import ast
+import functools
+import inspect
+import itertools
+import textwrap
 from typing import Final
 
 from pgauthproxy.config import schema
@@ -26,8 +31,23 @@ Times are seconds, sizes are bytes.
 
 def markdown() -> str:
     """docs/config.md, whole."""
-    rows = [f"| `{key.path}` | {key.default_text} | {key.description} |\n" for key in schema.all_keys()]
+    rows = [
+        f"| `{key.path}` | {key.default_text} | {documentation(key.owner)[key.name]} |\n" for key in schema.all_keys()
+    ]
     return INTRODUCTION + "".join(rows)
+
+
+@functools.cache
+def documentation(owner: type) -> dict[str, str]:
+    """The text that stands under each setting of a class, on one line."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    assert isinstance(definition, ast.ClassDef)  # noqa: S101 (a class was given)
+    texts: dict[str, str] = {}
+    for field, text in itertools.pairwise(definition.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                texts[name] = " ".join(said.split())
+    return texts
 
 
 if __name__ == "__main__":
