@@ -5,8 +5,11 @@ import secrets
 from pathlib import Path
 
 from pgauthproxy import _relay
+from pgauthproxy.auth.calls import CallLimits
 from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits
+from pgauthproxy.auth.http import HttpAuthenticator, HttpLimits
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
+from pgauthproxy.auth.python import PythonAuthenticator
 from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.events import AuthenticatorSaid, Sink, ignore
@@ -35,12 +38,18 @@ def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     match settings.kind:
         case "command":
             return _command(settings, sink)
+        case "python":
+            return _python(settings, sink)
+        case "http":
+            return _http(settings, sink)
         case None:
             raise AuthenticatorConfigError("authenticator.cmd: no authenticator is configured")
 
 
 def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
     wanted = settings.authenticator
+    if not wanted.cmd:
+        raise AuthenticatorConfigError("authenticator.cmd: kind command needs it")
     limits = CommandLimits(
         timeout=wanted.timeout,
         grace=wanted.grace,
@@ -55,6 +64,21 @@ def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
         limits,
         lambda session, lines, dropped: sink(AuthenticatorSaid(session, lines, dropped)),
     )
+
+
+def _python(settings: Settings, sink: Sink) -> PythonAuthenticator:
+    wanted = settings.authenticator
+    if not wanted.callable:
+        raise AuthenticatorConfigError("authenticator.callable: kind python needs it")
+    return PythonAuthenticator(wanted.callable, CallLimits(wanted.timeout, wanted.grace, wanted.max_parallel), sink)
+
+
+def _http(settings: Settings, sink: Sink) -> HttpAuthenticator:
+    wanted = settings.authenticator
+    if not wanted.http.url:
+        raise AuthenticatorConfigError("authenticator.http.url: kind http needs it")
+    limits = HttpLimits(wanted.timeout, wanted.http.max_in_flight, wanted.max_output)
+    return HttpAuthenticator(wanted.http.url, wanted.http.headers, wanted.http.ca, limits, sink)
 
 
 def build_targets(settings: Settings) -> Targets:

@@ -68,8 +68,11 @@ def _fitting(settings: Settings, descriptors: int, sink: Sink) -> Settings:
 
     A login that has not named itself holds one; there may be max_logins of them besides the clients.
     """
-    reserved = DESCRIPTORS_FOR_ITSELF + DESCRIPTORS_OF_AN_AUTHENTICATOR * settings.authenticator.max_parallel
-    free = descriptors - reserved
+    asked = settings.authenticator
+    of_authenticator = (
+        asked.http.max_in_flight if settings.kind == "http" else DESCRIPTORS_OF_AN_AUTHENTICATOR * asked.max_parallel
+    )
+    free = descriptors - DESCRIPTORS_FOR_ITSELF - of_authenticator
     if settings.max_clients * DESCRIPTORS_OF_A_SESSION + settings.max_logins <= free:
         return settings
     max_logins = min(settings.max_logins, max(1, free // 4))

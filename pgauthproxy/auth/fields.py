@@ -90,6 +90,14 @@ def decode_error(output: bytes, max_lines: int) -> bytes | None:
         return None
 
 
+def decode_failure(output: bytes, max_lines: int) -> bytes | None:
+    """What an authenticator that could not judge says of that, for the log; None if it says nothing of the kind."""
+    try:
+        return split_lines(output, max_lines).get(b"_META_FAILED")
+    except NonsenseError:
+        return None
+
+
 def decode_mapping(output: bytes, max_lines: int) -> Mapping:
     """What an agreeing authenticator answers. Raises NonsenseError if no session can be made of it."""
     pairs = split_lines(output, max_lines)

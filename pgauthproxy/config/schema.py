@@ -14,7 +14,7 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 BoundedBytes = Annotated[int, Meta(ge=1, le=1 << 24)]
-Kind = Literal["command"]
+Kind = Literal["command", "python", "http"]
 Method = Literal["md5", "cleartext", "scram-sha-256", "cert"]
 TargetTlsMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
 Level = Literal["debug", "info", "warning", "error"]
@@ -29,13 +29,31 @@ def _default_parallel() -> int:
     return max(8, 2 * (os.cpu_count() or 1))
 
 
+class HttpSettings(_Settings, frozen=True):
+    """An authenticator that is an HTTP service."""
+
+    url: str = ""
+    """Where each login is posted to, as JSON: `https://host[:port]/path`. `http://` warns unless it is loopback."""
+    headers: dict[str, str] = {}
+    """Headers that go with it. A value may be `env:NAME` or `file:/path`, so that no secret stands here."""
+    max_in_flight: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    """How many requests are under way at once; other logins wait in order."""
+    ca: str = ""
+    """The authorities that the server's certificate must be signed by, a PEM file. Without it: the system's."""
+
+
 class AuthenticatorSettings(_Settings, frozen=True):
     """Who decides about logins."""
 
     kind: Kind | None = None
-    """What the authenticator is. Without it: what the other settings ask for, `command` if `cmd` is set."""
+    """What the authenticator is. Without it: what the other settings ask for, `command` if `cmd` is set, `python` if
+    `callable` is, `http` if `http.url` is."""
     cmd: list[str] = []
     """The authenticator command: a list, or one string that is split as a shell would. No shell runs it."""
+    callable: str = ""
+    """A function in Python, `package.module:function` with modules of the working directory first, or the name under
+    which an installed package has one (its entry point in the group `pgauthproxy.authenticators`)."""
+    http: HttpSettings = HttpSettings()
     env: list[str] | None = None
     """Names of the environment variables that the command gets. Without it: all of the gateway's."""
     method: Method | None = None
@@ -50,13 +68,13 @@ class AuthenticatorSettings(_Settings, frozen=True):
     """A secret from which the salts that refused users are shown are made, so that they stay the same. Without it they
     are made from `tls.key`, and where there is none they change with each start."""
     timeout: Positive = 10.0
-    """How long the command may run. Then TERM goes to its process group."""
+    """How long the command may run, then TERM goes to its process group; how long a function or a service may take."""
     grace: NotNegative = 1.0
-    """From TERM to KILL."""
+    """From TERM to KILL; from cancelling an async function to leaving it."""
     max_parallel: Annotated[int, Meta(ge=1, le=1024)] = msgspec.field(default_factory=_default_parallel)
-    """How many commands run at once; other logins wait in order."""
+    """How many commands, or calls of a function, run at once; other logins wait in order."""
     max_output: BoundedBytes = 65_536
-    """Bytes of output; a command that prints more is ended."""
+    """Bytes of output; a command that prints more is ended, a service's longer answer is an error."""
     max_output_lines: Count = 256
     """Lines of output; more are an error."""
     max_errors: BoundedBytes = 65_536
@@ -197,8 +215,14 @@ class Settings(_Settings, frozen=True):
     @property
     def kind(self) -> Kind | None:
         """What the authenticator is; None if none is configured."""
+        return self.authenticator.kind or next(iter(self.kinds_configured), None)
+
+    @property
+    def kinds_configured(self) -> list[Kind]:
+        """The kinds of authenticator whose own settings are there."""
         asked = self.authenticator
-        return asked.kind or ("command" if asked.cmd else None)
+        given: dict[Kind, object] = {"command": asked.cmd, "python": asked.callable, "http": asked.http.url}
+        return [kind for kind, setting in given.items() if setting]
 
     @property
     def method(self) -> Method:
@@ -260,6 +284,8 @@ def in_force(settings: Settings, key: Key) -> object:
 
 def conflicts(settings: Settings) -> Iterator[str]:
     """What does not go together, a line each."""
+    if len(settings.kinds_configured) > 1 and settings.authenticator.kind is None:
+        yield f"authenticator.kind: say which, there are several: {', '.join(settings.kinds_configured)}"
     if settings.authenticator.cleartext_password and settings.authenticator.method not in (None, "cleartext"):
         yield f"authenticator.cleartext_password: contradicts authenticator.method {settings.authenticator.method}"
     if settings.tls_mode != "disable" and not settings.tls.cert:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -487,3 +487,33 @@ def configure(folder: Path, name: str = "pgauthproxy.yaml", **settings: object) 
     file = folder / name
     file.write_text(yaml.safe_dump(content | settings))
     return file
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs pgauthproxy in a folder of its own until it ends."""
+
+    def start(*arguments: str, before: Sequence[str] = (), **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*before, *MODULE, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment | variables,
+            timeout=WAIT_SECONDS,
+            check=False,
+        )
+
+    return start
+
+
+def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pgauthproxy: ")
+    for word in words:
+        assert word in line
