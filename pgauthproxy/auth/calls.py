@@ -131,11 +131,17 @@ class Calls(ABC):
         try:
             verdict = await call.verdict
         except asyncio.CancelledError:
-            self._give_up(call)
+            # Unless it has ended, or was given up, in the same moment.
+            if call.verdict.cancelled():
+                self._give_up(call)
             raise
-        if isinstance(verdict, Mapping):
-            return verdict
-        raise verdict
+        try:
+            if isinstance(verdict, Mapping):
+                return verdict
+            raise verdict
+        finally:
+            # An error knows this frame: it must not know the error, or both stay until the collector comes.
+            del verdict, call
 
     @abstractmethod
     def _begin(self, call: Call) -> None:
@@ -188,9 +194,14 @@ class Threads(Calls):
 
     def _begin(self, call: Call) -> None:
         if self._started < self._places.taken:
-            self._started += 1
             # Daemons, since the gateway must be able to end while one of them does not.
-            threading.Thread(target=self._serve, name=f"authenticator-{self._started}", daemon=True).start()
+            thread = threading.Thread(target=self._serve, name=f"authenticator-{self._started + 1}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                self._end(call, AuthenticatorFault("authenticator is not called: no thread can be started"))
+                return
+            self._started += 1
         self._queue.put(call)
 
     def _serve(self) -> None:
@@ -310,6 +321,8 @@ class _Steps:
             except StopIteration as ended:
                 return ended.value
             finally:
+                # As in `call`: it may be an error that knows this frame.
+                value = None
                 self._watch(time.perf_counter() - began)
             try:
                 value = yield awaited

@@ -122,8 +122,16 @@ def _convert(key: Key, value: object) -> object:
         elif isinstance(key.default, bool):
             value = _parse_bool(value)
         elif isinstance(key.default, dict):
-            value = yaml.safe_load(value)
+            value = _parse_mapping(value)
     return msgspec.convert(value, key.type, strict=False)
+
+
+def _parse_mapping(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        # Not in YAML's words, which quote the text.
+        raise ValueError("not a mapping in YAML") from None
 
 
 def _parse_bool(text: str) -> bool:

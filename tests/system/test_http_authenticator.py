@@ -876,6 +876,17 @@ def test_what_cannot_be_used_is_named_without_its_secrets(
     assert "secret" not in done.stderr
 
 
+def test_headers_can_be_given_by_a_variable(run: Run, tmp_path: Path) -> None:
+    configure(tmp_path, authenticator={"http": {"url": "https://who.example/"}})
+    done = run("check", PGPROXY_AUTHENTICATOR_HTTP_HEADERS="{X-Token: secret}")
+    assert done.returncode == 0, done.stderr
+    assert "authenticator.http.headers = X-Token  (environment PGPROXY_AUTHENTICATOR_HTTP_HEADERS)" in done.stdout
+    for broken in ("{X-Token: secret", "secret", "[secret]", "{X-Token: [secret]}"):
+        done = run(PGPROXY_AUTHENTICATOR_HTTP_HEADERS=broken)
+        assert_one_clear_line(done, "authenticator.http.headers: ")
+        assert "secret" not in done.stderr
+
+
 def test_without_aiohttp_the_extra_is_named(tmp_path: Path) -> None:
     configure(tmp_path, authenticator={"http": {"url": "https://who.example/"}})
     blocked = "import sys; sys.modules['aiohttp'] = None; from pgauthproxy.cli import main; main()"

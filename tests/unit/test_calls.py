@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from pgauthproxy.auth.calls import CallLimits, Calls, Places, Tasks, Threads
+from pgauthproxy.auth.calls import Call, CallLimits, Calls, Places, Tasks, Threads
 from pgauthproxy.auth.model import Denied as Refused
 from pgauthproxy.auth.model import Question
 from pgauthproxy.authenticator import Denied, Mapping, Request
@@ -145,11 +149,13 @@ def plain(request: Request) -> Mapping:
         raise Denied("no mallory")
     if request.user == "broken":
         raise KeyError("secret")
+    if request.user == "slow":
+        time.sleep(0.05)
     return Mapping("db7", request.user)
 
 
 async def later(request: Request) -> Mapping:
-    await asyncio.sleep(0)
+    await asyncio.sleep(SECONDS if request.user == "slow" else 0)
     return plain(request)
 
 
@@ -201,6 +207,77 @@ def test_calls_that_are_cancelled_at_any_moment_lose_no_place(kind: type[Calls],
         mappings = await asyncio.gather(*(calls.call(question()) for _ in range(4)))
         assert len(mappings) == 4
         await calls.close()
+
+    run(test)
+
+
+@KINDS
+@pytest.mark.parametrize("user", [b"alice", b"mallory", b"broken", b"slow"])
+def test_nothing_of_a_call_is_left_for_the_collector(kind: type[Calls], function: Any, user: bytes) -> None:
+    async def test() -> None:
+        calls = kind(function, CallLimits(0.01, 0.01, 1), ignore)
+        for _ in range(5):
+            with contextlib.suppress(Refused, AuthenticatorFault):
+                await calls.call(question(user))
+        while calls._places.taken:  # noqa: ASYNC110 (threads end without telling anybody)
+            await asyncio.sleep(0.001)
+        await settle()
+        assert not [each for each in gc.get_objects() if isinstance(each, (Call, Question, Request))]
+        await calls.close()
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(test)
+    finally:
+        gc.enable()
+
+
+def test_where_no_thread_can_be_started_the_call_fails_and_gives_its_place_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def test() -> None:
+        calls = Threads(plain, LIMITS, ignore)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            for _ in range(3):
+                with pytest.raises(AuthenticatorFault, match="no thread"):
+                    await calls.call(question())
+        assert calls._places.taken == 0
+        assert (await calls.call(question())).user == b"alice"
+        await calls.close()
+
+    run(test)
+
+
+def test_a_call_that_ends_as_its_client_leaves_holds_no_place() -> None:
+    begun: list[Call] = []
+
+    class ByHand(Threads):
+        def _begin(self, call: Call) -> None:
+            begun.append(call)
+
+    async def test() -> None:
+        calls = ByHand(plain, LIMITS, ignore)
+        waiting = asyncio.create_task(calls.call(question()))
+        await settle()
+        calls._end(begun[0], AuthenticatorFault("late"))
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert (calls._places.held, calls._places.taken) == (0, 0)
+        waiting = asyncio.create_task(calls.call(question()))
+        await settle()
+        calls._run_over(begun[1])
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert (calls._places.held, calls._places.taken) == (1, 1)
+        calls._end(begun[1], AuthenticatorFault("late"))
+        assert (calls._places.held, calls._places.taken) == (0, 0)
 
     run(test)
 
