@@ -5,8 +5,9 @@ import secrets
 from pathlib import Path
 
 from pgauthproxy import _relay
-from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits
+from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits, SaidSink
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
+from pgauthproxy.auth.worker import WorkerAuthenticator, WorkerLimits
 from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.events import AuthenticatorSaid, Sink, ignore
@@ -35,6 +36,8 @@ def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     match settings.kind:
         case "command":
             return _command(settings, sink)
+        case "worker":
+            return _worker(settings, sink)
         case None:
             raise AuthenticatorConfigError("authenticator.cmd: no authenticator is configured")
 
@@ -49,12 +52,25 @@ def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
         max_lines=wanted.max_output_lines,
         max_errors=wanted.max_errors,
     )
-    return CommandAuthenticator(
-        wanted.cmd,
-        authenticator_environment(settings),
-        limits,
-        lambda session, lines, dropped: sink(AuthenticatorSaid(session, lines, dropped)),
+    return CommandAuthenticator(wanted.cmd, authenticator_environment(settings), limits, _said(sink))
+
+
+def _worker(settings: Settings, sink: Sink) -> WorkerAuthenticator:
+    wanted = settings.authenticator
+    limits = WorkerLimits(
+        least=wanted.workers.min,
+        most=wanted.workers.max,
+        timeout=wanted.timeout,
+        grace=wanted.grace,
+        max_output=wanted.max_output,
+        max_lines=wanted.max_output_lines,
     )
+    return WorkerAuthenticator(wanted.cmd, authenticator_environment(settings), limits, _said(sink))
+
+
+def _said(sink: Sink) -> SaidSink:
+    """Passes on what an authenticator's process writes to its standard error."""
+    return lambda session, lines, dropped: sink(AuthenticatorSaid(session, lines, dropped))
 
 
 def build_targets(settings: Settings) -> Targets:

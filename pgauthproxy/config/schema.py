@@ -14,7 +14,7 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 BoundedBytes = Annotated[int, Meta(ge=1, le=1 << 24)]
-Kind = Literal["command"]
+Kind = Literal["command", "worker"]
 Method = Literal["md5", "cleartext", "scram-sha-256", "cert"]
 TargetTlsMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
 Level = Literal["debug", "info", "warning", "error"]
@@ -29,11 +29,21 @@ def _default_parallel() -> int:
     return max(8, 2 * (os.cpu_count() or 1))
 
 
+class WorkersSettings(_Settings, frozen=True):
+    """The processes of the kind `worker`."""
+
+    min: Count = 1
+    """How many run at least."""
+    max: Annotated[int, Meta(ge=1, le=1024)] = msgspec.field(default_factory=_default_parallel)
+    """How many run at most. Each has one login in hand; other logins wait in order."""
+
+
 class AuthenticatorSettings(_Settings, frozen=True):
     """Who decides about logins."""
 
     kind: Kind | None = None
-    """What the authenticator is. Without it: what the other settings ask for, `command` if `cmd` is set."""
+    """What the authenticator is. `command`: `cmd` is run for each login. `worker`: `cmd` is kept running and answers
+    one login after the other. Without it: what the other settings ask for, `command` if `cmd` is set."""
     cmd: list[str] = []
     """The authenticator command: a list, or one string that is split as a shell would. No shell runs it."""
     env: list[str] | None = None
@@ -49,8 +59,9 @@ class AuthenticatorSettings(_Settings, frozen=True):
     scram_seed: str = ""
     """A secret from which the salts that refused users are shown are made, so that they stay the same. Without it they
     are made from `tls.key`, and where there is none they change with each start."""
+    workers: WorkersSettings = WorkersSettings()
     timeout: Positive = 10.0
-    """How long the command may run. Then TERM goes to its process group."""
+    """How long the command may run, or a worker take to answer. Then TERM goes to its process group."""
     grace: NotNegative = 1.0
     """From TERM to KILL."""
     max_parallel: Annotated[int, Meta(ge=1, le=1024)] = msgspec.field(default_factory=_default_parallel)
@@ -268,5 +279,9 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield "tls.cert, tls.key: need each other"
     if settings.tls.client_cert != "none" and not settings.tls.client_ca:
         yield f"tls.client_cert: {settings.tls.client_cert} needs tls.client_ca"
+    if settings.authenticator.kind in ("command", "worker") and not settings.authenticator.cmd:
+        yield f"authenticator.kind: {settings.authenticator.kind} needs authenticator.cmd"
+    if settings.authenticator.workers.max < settings.authenticator.workers.min:
+        yield "authenticator.workers: max is less than min"
     if settings.method == "cert" and (settings.tls_mode == "disable" or settings.tls.client_cert == "none"):
         yield "authenticator.method: cert needs TLS, and tls.client_cert optional or require"
