@@ -16,7 +16,7 @@ from typing import Final
 from pgauthproxy.auth import fields
 from pgauthproxy.auth.command import SaidSink, missing_command
 from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Question
-from pgauthproxy.auth.worker_process import WorkerProcess
+from pgauthproxy.auth.worker_process import WorkerProcess, WorkerRetiredError
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.stages import Mapping
 
@@ -53,7 +53,7 @@ class WorkerAuthenticator:
         self._environment = [name + b"=" + value for name, value in environment.items()] + [IS_WORKER]
         self._limits = limits
         self._said = said
-        self._workers: set[WorkerProcess] = set()
+        self.workers: set[WorkerProcess] = set()
         self._idle: deque[WorkerProcess] = deque()
         self._retiring: set[WorkerProcess] = set()
         self._waiting: deque[asyncio.Future[WorkerProcess]] = deque()
@@ -71,14 +71,22 @@ class WorkerAuthenticator:
                 self._welcome(await asyncio.to_thread(self._start_process))
         except OSError as error:
             await self.close()
-            raise AuthenticatorConfigError(f"authenticator.cmd: {os.strerror(error.errno or 0)}") from None
+            raise self._unstartable(error) from None
 
     async def ask(self, question: Question) -> Mapping:
         request = fields.encode_question(question)
+        while True:
+            try:
+                return await self._ask_one(question.started.accepted.session, request)
+            except WorkerRetiredError:
+                # It was on its way out when it was asked.
+                continue
+
+    async def _ask_one(self, session: str, request: bytes) -> Mapping:
         worker = await self._take()
         try:
             async with asyncio.timeout(self._limits.timeout):
-                answer = await worker.ask(question.started.accepted.session, request)
+                answer = await worker.ask(session, request)
         except TimeoutError:
             worker.end("took too long")
             raise AuthenticatorFault(f"authenticator worker took longer than {self._limits.timeout:g} s") from None
@@ -97,11 +105,11 @@ class WorkerAuthenticator:
 
     async def reload(self) -> None:
         """Replaces the processes one by one, each when it has no login in hand. Raises AuthenticatorConfigError."""
-        for old in list(self._workers):
+        for old in list(self.workers):
             try:
                 self._welcome(await asyncio.to_thread(self._start_process))
             except OSError as error:
-                raise AuthenticatorConfigError(f"authenticator.cmd: {os.strerror(error.errno or 0)}") from None
+                raise self._unstartable(error) from None
             if old.is_usable:
                 self._retiring.add(old)
                 if old in self._idle:
@@ -113,16 +121,19 @@ class WorkerAuthenticator:
         for timer in (self._retry, self._surplus):
             if timer is not None:
                 timer.cancel()
-        for worker in list(self._workers):
+        for worker in list(self.workers):
             worker.dismiss("was ended")
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    def _unstartable(self, error: OSError) -> AuthenticatorConfigError:
+        return AuthenticatorConfigError(f"authenticator.cmd: {os.fsdecode(self._argv[0])}: {error.strerror}")
 
     async def _take(self) -> WorkerProcess:
         """A process that has nothing in hand; waits for one in order. Raises AuthenticatorFault if none is to come."""
         while True:
             worker = self._idle.pop() if self._idle else await self._next_released()
-            if worker.is_usable:
+            if worker.is_ready():
                 return worker
 
     async def _next_released(self) -> WorkerProcess:
@@ -139,7 +150,7 @@ class WorkerAuthenticator:
 
     def _check_hope(self) -> None:
         """Raises AuthenticatorFault if there is no process, and none will be started for a while."""
-        if self._retry is not None and not self._workers and not self._starting:
+        if self._retry is not None and not self.workers and not self._starting:
             raise AuthenticatorFault(f"authenticator workers keep failing: the last one {self._why}")
 
     def _release(self, worker: WorkerProcess) -> None:
@@ -155,20 +166,20 @@ class WorkerAuthenticator:
                 waiting.set_result(worker)
                 return
         self._idle.append(worker)
-        if len(self._workers) > self._limits.least and self._surplus is None:
+        if len(self.workers) > self._limits.least and self._surplus is None:
             self._surplus = asyncio.get_running_loop().call_later(SURPLUS_SECONDS, self._end_surplus)
 
     def _end_surplus(self) -> None:
         """Ends what was idle all the time: it stands at the bottom, since the last to come is the first to go."""
         self._surplus = None
-        while self._idle and len(self._workers) > self._limits.least:
+        while self._idle and len(self.workers) > self._limits.least:
             self._idle.popleft().dismiss("had nothing to do")
 
     def _start_more(self) -> None:
         """Starts processes for those who wait, and for the least number, as many as there may be."""
         if self._closed or self._retry is not None:
             return
-        there = len(self._workers) - len(self._retiring) + self._starting
+        there = len(self.workers) - len(self._retiring) + self._starting
         wanted = max(len(self._waiting) - self._starting, self._limits.least - there)
         for _ in range(min(wanted, self._limits.most - there)):
             self._starting += 1
@@ -188,7 +199,7 @@ class WorkerAuthenticator:
         return WorkerProcess(self._argv, self._environment, self._limits.max_output, self._said, self._gone)
 
     def _welcome(self, worker: WorkerProcess) -> None:
-        self._workers.add(worker)
+        self.workers.add(worker)
         worker.listen()
         if self._closed:
             worker.dismiss("was ended")
@@ -197,7 +208,7 @@ class WorkerAuthenticator:
 
     def _gone(self, worker: WorkerProcess) -> None:
         """A process has gone, or was taken out of service: it is replaced unless that was ours to do."""
-        self._workers.discard(worker)
+        self.workers.discard(worker)
         self._retiring.discard(worker)
         if worker in self._idle:
             self._idle.remove(worker)
@@ -213,11 +224,13 @@ class WorkerAuthenticator:
         self._failures += 1
         if self._closed or self._retry is not None:
             return
-        delay = 0.0
-        if self._failures > 1:
-            delay = min(FIRST_BACK_OFF_SECONDS * 2 ** (self._failures - 2), LONGEST_BACK_OFF_SECONDS)
-        self._retry = asyncio.get_running_loop().call_later(delay, self._try_again)
-        if delay and not self._workers and not self._starting:
+        loop = asyncio.get_running_loop()
+        if self._failures == 1:
+            loop.call_soon(self._start_more)
+            return
+        delay = min(FIRST_BACK_OFF_SECONDS * 2 ** (self._failures - 2), LONGEST_BACK_OFF_SECONDS)
+        self._retry = loop.call_later(delay, self._try_again)
+        if not self.workers and not self._starting:
             self._disappoint()
 
     def _disappoint(self) -> None:

@@ -9,6 +9,7 @@ States, in order: idle and asked in turns, ending (`end` was called, or it is go
 import asyncio
 import contextlib
 import os
+import select
 import signal
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -25,10 +26,16 @@ ASK_SECONDS: Final = 0.02
 Gone = Callable[["WorkerProcess"], None]
 
 
+class WorkerRetiredError(Exception):
+    """The process has gone in order, without a word to the question: another may be asked."""
+
+
 class ExitWatch:
     """Learns that a child has exited, and reaps it. Linux tells by a pidfd; elsewhere it is asked for."""
 
     def __init__(self, pid: int) -> None:
+        self.status: int | None = None
+        """The exit status, or minus the number of the signal, once it has exited."""
         self._pid = pid
         self._pid_fd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
 
@@ -47,7 +54,10 @@ class ExitWatch:
         return True
 
     def _reap(self) -> bool:
-        return os.waitpid(self._pid, os.WNOHANG)[0] == self._pid
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        if pid:
+            self.status = os.waitstatus_to_exitcode(status)
+        return pid == self._pid
 
     async def _readable(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
@@ -82,15 +92,20 @@ class WorkerProcess:
         self._max_output = max_output
         self._said = said
         self._gone = gone
+        self._poll = select.poll()
+        self._poll.register(self._output, select.POLLIN)
         self._answer: asyncio.Future[bytes] | None = None
+        self._status: asyncio.Future[int | None]
         self._collected = b""
         self._unsent = b""
         self._lines_left = MAX_SAID_LINES
         self._ended = False
+        self._is_leaving = False
 
     def listen(self) -> None:
         """Begins to hear what the process says."""
         loop = asyncio.get_running_loop()
+        self._status = loop.create_future()
         loop.add_reader(self._output, self._read_output)
         loop.add_reader(self._errors, self._read_errors)
 
@@ -98,17 +113,28 @@ class WorkerProcess:
     def is_usable(self) -> bool:
         return not self._ended
 
+    def is_ready(self) -> bool:
+        """Whether it can be asked. Looks whether it has gone, or said anything, since the loop last told."""
+        if not self._ended and self._poll.poll(0):
+            self._read_output()
+        return not self._ended
+
     async def ask(self, session: str, request: bytes) -> bytes:
-        """The lines of the answer to a request (its lines, without the empty one). Raises AuthenticatorFault.
+        """The lines of the answer to a request (its lines, without the empty one).
 
         One at a time. A caller who stops waiting leaves the process with a question open: it has to be ended, or
-        waited for with `finish`.
+        waited for with `finish`. Raises AuthenticatorFault, and WorkerRetiredError.
         """
         self.session = session
         self._lines_left = MAX_SAID_LINES
         self._answer = asyncio.get_running_loop().create_future()
         self._send(request + b"\n")
-        return await asyncio.shield(self._answer)
+        try:
+            return await asyncio.shield(self._answer)
+        except AuthenticatorFault:
+            if self._collected or await self._status != 0:
+                raise
+            raise WorkerRetiredError from None
 
     async def finish(self) -> None:
         """Waits for an answer that nobody wants any more."""
@@ -138,11 +164,11 @@ class WorkerProcess:
     async def bury(self, grace: float) -> None:
         """Sees to it that the process is gone and reaped: it has the end of its input, then TERM, then KILL.
 
-        Dismissed ones have `grace` seconds to go by themselves; the same time lies between the signals.
+        One that was dismissed, or is about to go, has `grace` seconds to do so; the same time lies between the signals.
         """
         watch = ExitWatch(self.pid)
         try:
-            if self.was_dismissed and await watch.exited(grace):
+            if (self.was_dismissed or self._is_leaving) and await watch.exited(grace):
                 return
             for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, KILL_SECONDS)):
                 self._kill(number)
@@ -150,6 +176,7 @@ class WorkerProcess:
                     return
         finally:
             watch.close()
+            self._status.set_result(watch.status)
 
     def _kill(self, number: signal.Signals) -> None:
         """Sends a signal to it and its children. It has not been reaped: the numbers are still its own."""
@@ -181,6 +208,7 @@ class WorkerProcess:
         except BlockingIOError:
             return
         if not data:
+            self._is_leaving = True
             self.end("closed its output")
         elif self._answer is None:
             self.end("said something without being asked")

@@ -185,21 +185,6 @@ def test_a_client_that_leaves_lets_the_answer_reach_nobody_else(single: Gateway)
     assert the_worker(single) == before
 
 
-def test_logins_wait_in_order(single: Gateway) -> None:
-    slow, names = f"slow-{new_user()}", [new_user() for _ in range(10)]
-    clients = [RawClient(single.port) for _ in range(11)]
-    for client, user in zip(clients, [slow, *names], strict=True):
-        client.send(startup(user=user))
-        client.read_message()
-        client.send(password())
-    for client in clients:
-        client.read_until(b"Z")
-        client.socket.close()
-    single.wait_for("login", user=names[-1])
-    order = [line["user"] for line in single.log_lines("login") if line["user"] in names]
-    assert order == names
-
-
 def test_its_complaints_reach_the_log_with_the_session_and_are_capped(single: Gateway) -> None:
     user = f"complains-{new_user()}"
     let_in(single, user)
