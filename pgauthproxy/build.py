@@ -4,7 +4,11 @@ import hashlib
 import secrets
 from pathlib import Path
 
+import msgspec
+
 from pgauthproxy import _relay
+from pgauthproxy.auth.cache import CachedAuthenticator
+from pgauthproxy.auth.chain import ChainAuthenticator
 from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits, SaidSink
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
 from pgauthproxy.auth.worker import WorkerAuthenticator, WorkerLimits
@@ -33,13 +37,32 @@ def tcp_options(settings: Settings) -> TcpOptions:
 
 def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     """The authenticator that the settings ask for, not started yet. Raises AuthenticatorConfigError."""
-    match settings.kind:
+    cache = settings.authenticator.cache
+    found = _of_kind(settings, sink)
+    return CachedAuthenticator(found, cache.max_seconds, cache.max_entries) if cache.max_seconds else found
+
+
+def _of_kind(settings: Settings, sink: Sink) -> Authenticator:
+    match settings.authenticator.decided_kind:
         case "command":
             return _command(settings, sink)
         case "worker":
             return _worker(settings, sink)
+        case "chain":
+            return _chain(settings, sink)
         case None:
             raise AuthenticatorConfigError("authenticator.cmd: no authenticator is configured")
+
+
+def _chain(settings: Settings, sink: Sink) -> ChainAuthenticator:
+    links: list[tuple[str, Authenticator]] = []
+    for number, link in enumerate(settings.authenticator.chain, 1):
+        alone = msgspec.structs.replace(settings, authenticator=link)
+        try:
+            links.append((f"{number} ({link.decided_kind})", _of_kind(alone, sink)))
+        except AuthenticatorConfigError as error:
+            raise AuthenticatorConfigError(f"authenticator.chain, {number}: {error}") from None
+    return ChainAuthenticator(links)
 
 
 def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:

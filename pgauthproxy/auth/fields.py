@@ -36,6 +36,14 @@ class NonsenseError(ValueError):
 
 def encode_question(question: Question) -> bytes:
     """What the authenticator reads on its standard input."""
+    lines = [name + b"=" + value for name, value in question_pairs(question)]
+    if any(b"\n" in line for line in lines):
+        raise ValueError("a line break in a field of the authenticator's input")
+    return b"\n".join(lines) + b"\n"
+
+
+def question_pairs(question: Question) -> list[tuple[bytes, bytes]]:
+    """The fields of a question, in the order of their lines."""
     started = question.started
     pairs = [
         *started.parameters,
@@ -47,10 +55,7 @@ def encode_question(question: Question) -> bytes:
         pairs += _encryption(started.encryption)
     if question.credential is not None:
         pairs += [(b"_SOURCE_CRED", question.credential.reveal()), (b"_SOURCE_SALT", question.salt.hex().encode())]
-    lines = [name + b"=" + value for name, value in pairs]
-    if any(b"\n" in line for line in lines):
-        raise ValueError("a line break in a field of the authenticator's input")
-    return b"\n".join(lines) + b"\n"
+    return pairs
 
 
 def _encryption(encryption: Encryption) -> Iterator[tuple[bytes, bytes]]:

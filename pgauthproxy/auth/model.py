@@ -47,5 +47,8 @@ class Authenticator(Protocol):
     async def ask(self, question: Question) -> Mapping:
         """Raises Denied for "no", AuthenticatorFault if there is no answer. Cancelling it ends what it started."""
 
+    async def reload(self) -> None:
+        """Reads anew what it has read. Raises AuthenticatorConfigError; then everything stays as it was."""
+
     async def close(self) -> None:
         """Gives back what it holds; nothing is asked any more."""

@@ -12,12 +12,14 @@ import msgspec
 import yaml
 
 from pgauthproxy.config import schema
-from pgauthproxy.config.schema import Key, Settings
+from pgauthproxy.config.schema import AuthenticatorSettings, Key, Settings
 
 FILE_NAMES: Final = ("pgAuthProxy.yaml", "pgauthproxy.yaml")
 ENVIRONMENT_PREFIX: Final = "PGPROXY_"
 # The one variable of pgAuthProxy whose name is not made from its key's path.
 ENVIRONMENT_ALIASES: Final = {"PGPROXY_CLEAR_PASSWD": "authenticator.cleartext_password"}
+SECTIONS: Final = {"authenticator.chain": AuthenticatorSettings}
+"""Settings that are lists of whole sections."""
 TRUE_WORDS: Final = ("1", "t", "T", "TRUE", "true", "True")
 FALSE_WORDS: Final = ("0", "f", "F", "FALSE", "false", "False")
 
@@ -115,15 +117,30 @@ def _flatten(content: dict[Any, Any], prefix: str, known: Container[str]) -> Ite
 def _convert(key: Key, value: object) -> object:
     """A value as its type; text (from the environment, a flag, or quoted in the file) is read as the type demands."""
     if isinstance(value, str):
-        if key.path == "authenticator.cmd":
+        if (key.owner, key.name) == (AuthenticatorSettings, "cmd"):
             value = shlex.split(value)
-        elif isinstance(key.default, list) or key.path == "authenticator.env":
+        elif key.path in SECTIONS or isinstance(key.default, dict):
+            value = yaml.safe_load(value)
+        elif isinstance(key.default, list) or (key.owner, key.name) == (AuthenticatorSettings, "env"):
             value = [part.strip() for part in value.split(",")]
         elif isinstance(key.default, bool):
             value = _parse_bool(value)
-        elif isinstance(key.default, dict):
-            value = yaml.safe_load(value)
+    if key.path in SECTIONS and isinstance(value, list):
+        value = [_convert_section(content, SECTIONS[key.path]) for content in value]
     return msgspec.convert(value, key.type, strict=False)
+
+
+def _convert_section(content: object, struct: type[msgspec.Struct]) -> msgspec.Struct:
+    """A section that stands in a list. Raises ValueError."""
+    if not isinstance(content, dict):
+        raise ValueError("not a list of mappings of keys to values")
+    known = {key.path: key for key in schema.all_keys(struct)}
+    tree: dict[str, Any] = {}
+    for path, value in _flatten(content, "", known):
+        if path not in known:
+            raise ValueError(f"unknown key {path}{_nearest(path, known)}")
+        _put(tree, path, _convert(known[path], value))
+    return msgspec.convert(tree, struct)
 
 
 def _parse_bool(text: str) -> bool:
