@@ -37,11 +37,12 @@ class CachedAuthenticator:
         await self._inner.start()
 
     async def ask(self, question: Question) -> Mapping:
+        if not self._is_used:
+            mapping = await self._inner.ask(question)
+            return mapping if mapping.cache_seconds is None else self._keep(self._name(question), question, mapping)
         name = self._name(question)
         if (kept := self._find(name)) is not None:
             return kept
-        if not self._is_used:
-            return self._keep(name, question, await self._inner.ask(question))
         if (asking := self._asking.get(name)) is not None:
             # The same login at the same time: if its answer is kept, it is ours too.
             await asking.wait()

@@ -17,8 +17,7 @@ DEFAULT_PORT: Final = 5432
 MD5_CREDENTIAL: Final = re.compile(rb"md5[0-9a-f]{32}")
 HOST_NAME: Final = re.compile(r"[A-Za-z0-9_.\-:%]+")
 PORT: Final = re.compile(r"[0-9]{1,5}")
-SOURCE_PREFIX: Final = b"_SOURCE_"
-META_PREFIX: Final = b"_META_"
+OWN_PREFIXES: Final = (b"_SOURCE_", b"_META_")
 WHAT_THE_CLIENT_PROVED: Final = b"client"
 TARGET_TLS: Final = {
     b"_META_TARGET_TLS": "mode",
@@ -36,10 +35,11 @@ class NonsenseError(ValueError):
 
 def encode_question(question: Question) -> bytes:
     """What the authenticator reads on its standard input."""
-    lines = [name + b"=" + value for name, value in question_pairs(question)]
-    if any(b"\n" in line for line in lines):
+    lines = [b"%s=%s\n" % pair for pair in question_pairs(question)]
+    written = b"".join(lines)
+    if written.count(b"\n") != len(lines):
         raise ValueError("a line break in a field of the authenticator's input")
-    return b"\n".join(lines) + b"\n"
+    return written
 
 
 def question_pairs(question: Question) -> list[tuple[bytes, bytes]]:
@@ -79,11 +79,13 @@ def split_lines(output: bytes, max_lines: int) -> dict[bytes, bytes]:
     if b"\0" in output:
         raise NonsenseError("a NUL in the output")
     pairs: dict[bytes, bytes] = {}
+    has_returns = b"\r" in output
     for line in lines:
-        name, separator, value = line.removesuffix(b"\r").partition(b"=")
+        name, separator, value = line.partition(b"=")
         if separator:
-            pairs.pop(name, None)
-            pairs[name] = value
+            if name in pairs:
+                del pairs[name]
+            pairs[name] = value.removesuffix(b"\r") if has_returns else value
     return pairs
 
 
@@ -98,10 +100,8 @@ def decode_error(output: bytes, max_lines: int) -> bytes | None:
 def decode_mapping(output: bytes, max_lines: int) -> Mapping:
     """What an agreeing authenticator answers. Raises NonsenseError if no session can be made of it."""
     pairs = split_lines(output, max_lines)
-    parameters = tuple(
-        (name, value) for name, value in pairs.items() if not name.startswith((SOURCE_PREFIX, META_PREFIX))
-    )
-    if any(not name for name, _ in parameters):
+    parameters = tuple([pair for pair in pairs.items() if not pair[0].startswith(OWN_PREFIXES)])
+    if b"" in pairs:
         raise NonsenseError("a line without a name before its =")
     if not parameter(parameters, b"user"):
         raise NonsenseError("no user for the target")
@@ -130,6 +130,8 @@ def _credential(pairs: dict[bytes, bytes]) -> Password | StoredMd5 | FromClient 
 
 def _target_tls(pairs: dict[bytes, bytes]) -> tuple[tuple[str, str], ...]:
     """The TLS settings that the answer gives, by the names of TargetTls's fields."""
+    if TARGET_TLS.keys().isdisjoint(pairs):
+        return ()
     try:
         return tuple((field, pairs[name].decode()) for name, field in TARGET_TLS.items() if pairs.get(name))
     except UnicodeDecodeError:

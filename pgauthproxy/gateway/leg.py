@@ -8,12 +8,12 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar, cast
+from typing import Final, TypeVar
 
 from pgauthproxy import _relay, _wire
 from pgauthproxy._tls import Channel
 from pgauthproxy.errors import Fault, TlsError
-from pgauthproxy.proto.steps import DeriveKey, Login, More, StartTls
+from pgauthproxy.proto.steps import MORE, DeriveKey, Login, StartTls
 from pgauthproxy.stages import Encryption
 
 T = TypeVar("T")
@@ -81,8 +81,7 @@ class Leg(asyncio.BufferedProtocol):
         return self._transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports have the interface without the class.
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = transport  # type: ignore[assignment]  # uvloop's have the interface without the class
 
     def get_buffer(self, size_hint: int) -> bytearray:
         return self._buffer.space
@@ -142,10 +141,10 @@ class Leg(asyncio.BufferedProtocol):
             while True:
                 step = login.send(answer)
                 answer = None
-                if isinstance(step, bytes):
-                    self.send(step)
-                elif isinstance(step, More):
+                if step is MORE:
                     await self._more()
+                elif isinstance(step, bytes):
+                    self.send(step)
                 elif isinstance(step, StartTls):
                     answer = await self._start_tls(step)
                 else:

@@ -6,9 +6,9 @@ reads standard error, lines wait in memory up to a bound and are counted beyond 
 
 import asyncio
 import datetime
+import functools
 import json
 import os
-import re
 import select
 import time
 from collections import deque
@@ -40,7 +40,8 @@ LATE_SECONDS: Final = 0.02
 # POSIX promises that a pipe that polls writable takes this many bytes without blocking.
 PIPE_BYTES: Final = select.PIPE_BUF
 STDERR: Final = 2
-TO_QUOTE: Final = re.compile(r"[\s=\"']|^$")
+# Bytes of a character in UTF-8.
+LONGEST_CHARACTER: Final = 4
 
 
 def printable(value: bytes | str) -> str:
@@ -50,6 +51,8 @@ def printable(value: bytes | str) -> str:
         text = "".join(
             char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
         )
+    elif len(text) <= MAX_VALUE // LONGEST_CHARACTER:
+        return text
     encoded = text.encode()
     return text if len(encoded) <= MAX_VALUE else encoded[:MAX_VALUE].decode(errors="ignore") + "…"
 
@@ -125,13 +128,19 @@ class LineWriter:
 
 def render_text(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
     """One line for people: time, level, what happened, then `key=value`s, quoted where they hold a space."""
-    at = datetime.datetime.fromtimestamp(fields.pop("at"))
-    parts = [at.isoformat(timespec="microseconds"), f"{level:7}", fields.pop("event")]
+    second, fraction = divmod(fields.pop("at"), 1)
+    parts = [f"{_local_second(second)}.{int(fraction * 1e6):06d} {level:7} {fields.pop('event')}"]
     for name, value in fields.items():
-        if type(value) is str and TO_QUOTE.search(value):
+        if type(value) is str and (not value or " " in value or "=" in value or '"' in value or "'" in value):
             value = json.dumps(value, ensure_ascii=False)
         parts.append(f"{name}={value}")
     return " ".join(parts)
+
+
+@functools.lru_cache(8)
+def _local_second(second: float) -> str:
+    """A time as the clock on the wall shows it; lines come many to the second."""
+    return datetime.datetime.fromtimestamp(second).isoformat()
 
 
 def render_json(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
