@@ -164,6 +164,11 @@ cdef class End:
         """Whether the transport has bytes that its socket did not take yet."""
         return self._holding
 
+    @property
+    def data_received(self):
+        """None. The loop looks for it, and not finding it is an exception each time."""
+        return None
+
     def get_buffer(self, Py_ssize_t size_hint):
         return self._buffer.space
 

@@ -17,6 +17,9 @@ DEFAULT_PORT: Final = 5432
 MD5_CREDENTIAL: Final = re.compile(rb"md5[0-9a-f]{32}")
 HOST_NAME: Final = re.compile(r"[A-Za-z0-9_.\-:%]+")
 PORT: Final = re.compile(r"[0-9]{1,5}")
+# As numbers: looking for a bytes object in another is a failed conversion first.
+NUL: Final = 0x00
+CARRIAGE_RETURN: Final = 0x0D
 OWN_PREFIXES: Final = (b"_SOURCE_", b"_META_")
 WHAT_THE_CLIENT_PROVED: Final = b"client"
 TARGET_TLS: Final = {
@@ -76,15 +79,14 @@ def split_lines(output: bytes, max_lines: int) -> dict[bytes, bytes]:
     lines = output.split(b"\n")
     if len(lines) - (lines[-1] == b"") > max_lines:
         raise NonsenseError(f"over {max_lines} lines of output")
-    if b"\0" in output:
+    if NUL in output:
         raise NonsenseError("a NUL in the output")
     pairs: dict[bytes, bytes] = {}
-    has_returns = b"\r" in output
+    has_returns = CARRIAGE_RETURN in output
     for line in lines:
         name, separator, value = line.partition(b"=")
         if separator:
-            if name in pairs:
-                del pairs[name]
+            pairs.pop(name, None)
             pairs[name] = value.removesuffix(b"\r") if has_returns else value
     return pairs
 

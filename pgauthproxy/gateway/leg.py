@@ -31,6 +31,9 @@ class Leg(asyncio.BufferedProtocol):
     so that handing over changes nothing but the protocol.
     """
 
+    # The loop looks for it, and not finding it is an exception each time.
+    data_received = None
+
     def __init__(self, connection: socket.socket, buffer: _relay.ForwardBuffer) -> None:
         self.framer = _wire.Framer({})
         self.fd = connection.fileno()

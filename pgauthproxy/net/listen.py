@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from pgauthproxy.net import sockets
 
-ACCEPTS_AT_ONCE: Final = 64
+MOST_ACCEPTS_AT_ONCE: Final = 64
 PAUSE_SECONDS: Final = 0.5
 OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 UNIX_PREFIX: Final = "unix:"
@@ -161,13 +161,16 @@ class Listener:
         self._path = listening.getsockname() if listening.family == socket.AF_UNIX else ""
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
+        self._at_once = 1
         self._loop.add_reader(listening, self._accept)
 
     def _accept(self) -> None:
-        for _ in range(ACCEPTS_AT_ONCE):
+        """Takes as many as have lately been there at once: to find that there is none costs as much as to take one."""
+        for _ in range(self._at_once):
             try:
                 connection, peer = sockets.accept(self._listening)
             except BlockingIOError:
+                self._at_once = max(1, self._at_once // 2)
                 return
             except OSError as error:
                 if error.errno in OUT_OF_RESOURCES:
@@ -176,6 +179,7 @@ class Listener:
                 # That one client is gone again: its reset came before its turn.
                 continue
             self._accepted(connection, peer)
+        self._at_once = min(2 * self._at_once, MOST_ACCEPTS_AT_ONCE)
 
     def _pause(self, error: OSError) -> None:
         """Leaves clients in the backlog for a while instead of being woken for each at once."""

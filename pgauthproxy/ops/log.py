@@ -9,6 +9,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import select
 import time
 from collections import deque
@@ -40,6 +41,7 @@ LATE_SECONDS: Final = 0.02
 # POSIX promises that a pipe that polls writable takes this many bytes without blocking.
 PIPE_BYTES: Final = select.PIPE_BUF
 STDERR: Final = 2
+TO_QUOTE: Final = re.compile(r"[\s=\"']|^$")
 # Bytes of a character in UTF-8.
 LONGEST_CHARACTER: Final = 4
 
@@ -129,12 +131,24 @@ class LineWriter:
 def render_text(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
     """One line for people: time, level, what happened, then `key=value`s, quoted where they hold a space."""
     second, fraction = divmod(fields.pop("at"), 1)
-    parts = [f"{_local_second(second)}.{int(fraction * 1e6):06d} {level:7} {fields.pop('event')}"]
-    for name, value in fields.items():
-        if type(value) is str and (not value or " " in value or "=" in value or '"' in value or "'" in value):
-            value = json.dumps(value, ensure_ascii=False)
-        parts.append(f"{name}={value}")
-    return " ".join(parts)
+    line = " ".join([f"{name}={value}" for name, value in fields.items() if name != "event"])
+    if _may_mislead(line, len(fields) - 1):
+        line = " ".join([f"{name}={_quoted(value)}" for name, value in fields.items() if name != "event"])
+    return f"{_local_second(second)}.{int(fraction * 1e6):06d} {level:7} {fields['event']} {line}".rstrip()
+
+
+def _may_mislead(line: str, count: int) -> bool:
+    """Whether so many `key=value`s could be taken for others."""
+    if line.count(" ") >= count or line.count("=") > count:
+        return True
+    return '"' in line or "'" in line or "= " in line or line.endswith("=")
+
+
+def _quoted(value: object) -> object:
+    """A value as it stands in a line for people: in quotes if it could be mistaken for more, or less, than one."""
+    if isinstance(value, str) and TO_QUOTE.search(value):
+        return json.dumps(value, ensure_ascii=False)
+    return value
 
 
 @functools.lru_cache(8)
