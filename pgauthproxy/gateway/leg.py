@@ -101,12 +101,16 @@ class Leg(asyncio.BufferedProtocol):
         """Feeds what the records say. False if the connection is of no use any more."""
         try:
             self.framer.feed(tls.decrypt(data))
+            output = tls.take_output()
+            if output and self._transport is not None and self._transport.get_write_buffer_size() > MAX_PENDING:
+                raise TlsError("the peer makes TLS talk and does not listen", b"")
         except TlsError as error:
             self.error = error
+            self._lost = True
             self._send(error.alert)
             self.abort()
             return False
-        if output := tls.take_output():
+        if output:
             self._send(output)
         if tls.finished:
             self.at_eof = True
