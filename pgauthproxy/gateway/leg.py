@@ -37,6 +37,7 @@ class Leg(asyncio.BufferedProtocol):
         self.tls: Channel | None = None
         self.at_eof = False
         self.error: Exception | None = None
+        self.shaking_hands = False
         self._connection = connection
         self._transport: asyncio.Transport | None = None
         self._unsent = b""
@@ -161,6 +162,7 @@ class Leg(asyncio.BufferedProtocol):
 
     async def _start_tls(self, step: StartTls) -> Encryption:
         """The handshake. What costs milliseconds of it runs in a thread, and nothing is read meanwhile."""
+        self.shaking_hands = True
         try:
             tls = step.side.open()
             output = tls.handshake(b"") if not self.framer.pending else b""
@@ -175,6 +177,7 @@ class Leg(asyncio.BufferedProtocol):
         except TlsError as error:
             self._send(error.alert)
             raise self.tls_fault(error) from None
+        self.shaking_hands = False
         self.tls = tls
         if not self._decrypt(tls, self.framer.take_rest()):
             raise self.gone_fault()

@@ -11,7 +11,7 @@ import pytest
 
 from pgauthproxy import _wire
 from pgauthproxy._tls import Channel
-from pgauthproxy.errors import ClientFault, GatewayFault, TlsError, TlsRefused
+from pgauthproxy.errors import ClientFault, GatewayFault, TargetFault, TlsError, TlsRefused
 from pgauthproxy.gateway.client_leg import ClientLeg, ClientPolicy
 from pgauthproxy.gateway.leg import MAX_PENDING, Leg
 from pgauthproxy.gateway.target_leg import TargetLeg
@@ -282,6 +282,46 @@ def test_a_client_that_goes_in_the_middle_of_a_handshake_is_gone(
         end(side.leg)
         with pytest.raises(ClientFault, match="client left during its login"):
             await asyncio.wait_for(login, SECONDS)
+
+    asyncio.run(scenario())
+
+
+@both_ends
+@pytest.mark.parametrize("negotiation", ["postgres", "direct"])
+def test_a_target_that_goes_in_the_middle_of_a_handshake_speaks_no_tls(
+    connect_leg: ConnectLeg, tmp_path: Path, end: Callable[[Leg], object], negotiation: str
+) -> None:
+    async def scenario() -> None:
+        plan = await towards_target(tmp_path, negotiation=negotiation)
+        side = connect_leg(TargetLeg)
+        login = asyncio.create_task(side.leg.drive(target_login(side.leg.framer, GRANTED, terms(plan))))
+        await until(lambda: side.transport.written, "the target to be asked")
+        if negotiation == "postgres":
+            side.receive(b"S")
+            await until(lambda: len(side.transport.written) > 8, "the hello")
+        end(side.leg)
+        with pytest.raises(TlsRefused, match="target closed the connection during the TLS handshake: end of file"):
+            await asyncio.wait_for(login, SECONDS)
+
+    asyncio.run(scenario())
+
+
+@both_ends
+def test_a_target_that_goes_behind_the_handshake_is_gone(
+    connect_leg: ConnectLeg, tmp_path: Path, end: Callable[[Leg], object]
+) -> None:
+    async def scenario() -> None:
+        plan = await towards_target(tmp_path, negotiation="direct")
+        side = connect_leg(TargetLeg)
+        target = target_of(side)
+        login = asyncio.create_task(side.leg.drive(target_login(side.leg.framer, GRANTED, terms(plan))))
+        await target.shake_hands(b"")
+        await until(lambda: target.listens() == STARTUP, "the startup packet")
+        end(side.leg)
+        with pytest.raises(TargetFault, match="target closed the connection during the login: end of file") as raised:
+            await asyncio.wait_for(login, SECONDS)
+        assert raised.value.sqlstate == "08006"
+        assert not isinstance(raised.value, TlsRefused)
 
     asyncio.run(scenario())
 
