@@ -3,7 +3,7 @@
 import difflib
 import os
 import shlex
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -90,7 +90,7 @@ def load(config: Path | None, flags: Mapping[str, object], environment: Mapping[
     return Loaded(settings, origins, tuple(warnings))
 
 
-def _read_file(file: Path, known: Container[str]) -> Iterator[tuple[str, object]]:
+def _read_file(file: Path, known: Mapping[str, Key]) -> Iterator[tuple[str, object]]:
     """The pairs of a YAML file, whatever its name; paths in lower case."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -105,10 +105,10 @@ def _read_file(file: Path, known: Container[str]) -> Iterator[tuple[str, object]
     yield from _flatten(content, "", known)
 
 
-def _flatten(content: dict[Any, Any], prefix: str, known: Container[str]) -> Iterator[tuple[str, object]]:
+def _flatten(content: dict[Any, Any], prefix: str, known: Mapping[str, Key]) -> Iterator[tuple[str, object]]:
     for name, value in content.items():
         path = f"{prefix}{name}".lower()
-        if isinstance(value, dict) and path not in known:
+        if isinstance(value, dict) and not (path in known and isinstance(known[path].default, dict)):
             yield from _flatten(value, path + ".", known)
         elif value is not None:
             yield path, value
@@ -120,11 +120,14 @@ def _convert(key: Key, value: object) -> object:
         if (key.owner, key.name) == (AuthenticatorSettings, "cmd"):
             value = shlex.split(value)
         elif key.path in SECTIONS or isinstance(key.default, dict):
-            value = yaml.safe_load(value)
+            value = _parse_yaml(value)
         elif isinstance(key.default, list) or (key.owner, key.name) == (AuthenticatorSettings, "env"):
             value = [part.strip() for part in value.split(",")]
         elif isinstance(key.default, bool):
             value = _parse_bool(value)
+    elif isinstance(value, float) and isinstance(key.default, str):
+        # A version: YAML takes 1.3 for a number.
+        value = str(value)
     if key.path in SECTIONS and isinstance(value, list):
         value = [_convert_section(content, SECTIONS[key.path]) for content in value]
     return msgspec.convert(value, key.type, strict=False)
@@ -149,6 +152,13 @@ def _parse_bool(text: str) -> bool:
     if text in FALSE_WORDS:
         return False
     raise ValueError("neither true nor false")
+
+
+def _parse_yaml(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError("not YAML") from None
 
 
 def _put(tree: dict[str, Any], path: str, value: object) -> None:

@@ -40,6 +40,7 @@ class Leg(asyncio.BufferedProtocol):
         self.tls: Channel | None = None
         self.at_eof = False
         self.error: Exception | None = None
+        self.shaking_hands = False
         self._connection = connection
         self._transport: asyncio.Transport | None = None
         self._unsent = b""
@@ -103,12 +104,16 @@ class Leg(asyncio.BufferedProtocol):
         """Feeds what the records say. False if the connection is of no use any more."""
         try:
             self.framer.feed(tls.decrypt(data))
+            output = tls.take_output()
+            if output and self._transport is not None and self._transport.get_write_buffer_size() > MAX_PENDING:
+                raise TlsError("the peer makes TLS talk and does not listen", b"")
         except TlsError as error:
             self.error = error
+            self._lost = True
             self._send(error.alert)
             self.abort()
             return False
-        if output := tls.take_output():
+        if output:
             self._send(output)
         if tls.finished:
             self.at_eof = True
@@ -159,6 +164,7 @@ class Leg(asyncio.BufferedProtocol):
 
     async def _start_tls(self, step: StartTls) -> Encryption:
         """The handshake. What costs milliseconds of it runs in a thread, and nothing is read meanwhile."""
+        self.shaking_hands = True
         try:
             tls = step.side.open()
             output = tls.handshake(b"") if not self.framer.pending else b""
@@ -173,6 +179,7 @@ class Leg(asyncio.BufferedProtocol):
         except TlsError as error:
             self._send(error.alert)
             raise self.tls_fault(error) from None
+        self.shaking_hands = False
         self.tls = tls
         if not self._decrypt(tls, self.framer.take_rest()):
             raise self.gone_fault()

@@ -48,7 +48,10 @@ class TargetLeg(Leg):
     plan: TlsPlan | None = None
 
     def gone_fault(self) -> Fault:
-        detail = f"target closed the connection during the login: {self.error or 'end of file'}"
+        how = self.error or "end of file"
+        if self.shaking_hands:
+            return TlsRefused(f"target closed the connection during the TLS handshake: {how}")
+        detail = f"target closed the connection during the login: {how}"
         return TargetFault(CONNECTION_FAILURE, "the target server closed the connection", detail)
 
     def tls_fault(self, error: TlsError) -> Fault:

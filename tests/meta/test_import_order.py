@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
     "errors secret stages events",
-    "_wire _digest _relay _spawn",
-    "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_login",
+    "_wire _digest _tls _relay _spawn",
+    "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_tls proto.target_login",
     "auth.model auth.fields auth.command",
-    "net.listen net.dial",
+    "net.listen net.dial net.tls",
     "gateway.limits gateway.salted_keys",
-    "gateway.leg gateway.client_leg gateway.target_leg gateway.cancel gateway.session",
+    "gateway.leg gateway.client_leg gateway.admission gateway.target_leg gateway.cancel gateway.session",
     "ops.log",
     "config.schema config.load config.reference",
     "build worker",
