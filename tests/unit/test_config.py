@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
@@ -121,17 +121,26 @@ COMPANIONS = {
     "tls.cert": {"PGPROXY_TLS_KEY": "a.key"},
     "tls.key": {"PGPROXY_TLS_CERT": "a.crt"},
     "tls.client_cert": {"PGPROXY_TLS_CLIENT_CA": "ca.crt"},
+    "authenticator.kind": {"PGPROXY_AUTHENTICATOR_CMD": "one"},
+    "authenticator.workers.min": {"PGPROXY_AUTHENTICATOR_WORKERS_MAX": "50"},
 }
 """What some settings cannot be without."""
+
+VALUES: dict[str, tuple[str, object]] = {
+    "authenticator.cmd": ("one two", ["one", "two"]),
+    "authenticator.chain": ("[{cmd: one}]", [schema.AuthenticatorSettings(cmd=["one"])]),
+    "authenticator.max_parallel": ("42", 42),
+    "authenticator.workers.min": ("42", 42),
+    "authenticator.workers.max": ("42", 42),
+}
+"""What some settings can be, and others of their type not."""
 
 
 def another_value(key: schema.Key) -> tuple[str, object]:
     """A value that is not the default, as text and as it is meant."""
-    if key.path == "authenticator.cmd":
-        return "one two", ["one", "two"]
-    if key.path == "authenticator.max_parallel":
-        return "42", 42
-    words = [word for part in (key.type.__origin__, *get_args(key.type.__origin__)) for word in literals(part)]
+    if key.path in VALUES:
+        return VALUES[key.path]
+    words = literals(key.type)
     if words:
         other = next(word for word in words if word != key.default)
         return other, other
@@ -147,8 +156,11 @@ def another_value(key: schema.Key) -> tuple[str, object]:
     return others[type(key.default)]
 
 
-def literals(part: object) -> tuple[str, ...]:
-    return get_args(part) if get_origin(part) is Literal else ()
+def literals(part: Any) -> tuple[str, ...]:
+    """The words that a type allows, wherever in it they stand."""
+    if get_origin(part) is Literal:
+        return get_args(part)
+    return tuple(word for inner in get_args(part) for word in literals(inner))
 
 
 @pytest.mark.parametrize("key", list(schema.all_keys()), ids=lambda key: key.path)
