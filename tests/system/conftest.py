@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,8 +21,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pgauthproxy.throwaway import ThrowawayPostgres
-from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
+from pgauthproxy.throwaway import UNPRIVILEGED_USER, ThrowawayPostgres
+from tests.conftest import HBA, ROLES, WAIT_SECONDS, Gateway, StartGateway
+from tests.tls import HOST, Authority
 from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, message, password, query, startup
 
 PASSWORD = "of no importance"
@@ -335,9 +337,9 @@ class Answering:
         self.gateway = gateway
         self._folder = folder
 
-    def user(self, lines: dict[str, str]) -> str:
+    def user(self, lines: dict[str, str], name: str = "") -> str:
         """A user who gets these lines."""
-        name = new_user()
+        name = name or new_user()
         (self._folder / name).write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
         return name
 
@@ -487,3 +489,63 @@ def configure(folder: Path, name: str = "pgauthproxy.yaml", **settings: object) 
     file = folder / name
     file.write_text(yaml.safe_dump(content | settings))
     return file
+
+
+# TLS
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Signs what gateways, clients and targets show each other."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """An authority that nobody trusts."""
+    return Authority(tmp_path_factory.mktemp("stranger"))
+
+
+def newest_of_debian() -> Path | None:
+    """The programs of the newest PostgreSQL of Debian's packages. It speaks TLS, which that of the wheel does not."""
+    found = Path("/usr/lib/postgresql").glob("*/bin/postgres")
+    return max((path.parent for path in found), key=lambda path: int(path.parent.name), default=None)
+
+
+DEBIAN = newest_of_debian()
+DEBIAN_VERSION = int(DEBIAN.parent.name) if DEBIAN is not None else 0
+DIRECT_TLS_SINCE = 17
+
+TLS_ROLES = """
+CREATE ROLE certified LOGIN;
+CREATE ROLE in_plain LOGIN;
+CREATE ROLE over_tls LOGIN;
+"""
+TLS_HBA = """
+hostssl   all  certified  127.0.0.1/32  cert
+hostnossl all  in_plain   127.0.0.1/32  trust
+hostssl   all  over_tls   127.0.0.1/32  trust
+hostnossl all  certified,over_tls  127.0.0.1/32  reject
+hostssl   all  in_plain            127.0.0.1/32  reject
+"""
+
+
+@pytest.fixture(scope="session")
+def tls_postgres(authority: Authority) -> Iterator[ThrowawayPostgres]:
+    """A PostgreSQL with a certificate for localhost, the roles of `postgres` and those of TLS_ROLES."""
+    if DEBIAN is None:
+        pytest.skip("no PostgreSQL that speaks TLS here: the package postgresql is not installed")
+    files = {"ssl_cert_file": "server.pem", "ssl_key_file": "server.key", "ssl_ca_file": "authority.pem"}
+    # They stand beside the data folder, to which such names are relative.
+    settings = {"ssl": "on"} | {setting: f"../{name}" for setting, name in files.items()}
+    server = ThrowawayPostgres(binaries=DEBIAN, settings=settings, hba=TLS_HBA + HBA)
+    identity = authority.issue("server", "localhost", HOST)
+    for source, name in zip((identity.cert, identity.key, authority.cert), files.values(), strict=True):
+        copied = server.folder / name
+        copied.touch(0o600)
+        copied.write_bytes(source.read_bytes())
+        if os.geteuid() == 0:
+            shutil.chown(copied, UNPRIVILEGED_USER)
+    with server:
+        server.sql(ROLES + TLS_ROLES)
+        yield server
