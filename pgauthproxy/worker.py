@@ -112,6 +112,8 @@ class Worker:
     def _start(self, listening: list[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_exception)
+        # It may be called by any thread.
+        sys.unraisablehook = lambda found: loop.call_soon_threadsafe(self._report_unraisable, found.exc_value)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -191,10 +193,19 @@ class Worker:
         except TimeoutError:
             return
 
+    def _report_unraisable(self, error: BaseException | None) -> None:
+        """What Python would write to standard error itself, past the log."""
+        if isinstance(error, UnicodeDecodeError):
+            # A client asks by TLS for a host whose name is no ASCII: its handshake fails, which has a line of its own.
+            return
+        self._report_internal("an exception that nobody could be told of", error)
+
     def _report_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self._report_internal(str(context.get("message")), context.get("exception"))
+
+    def _report_internal(self, what: str, error: object) -> None:
         """A bug of ours: where it happened, never with what values."""
-        error = context.get("exception")
-        facts: list[tuple[str, object]] = [("what", str(context.get("message")))]
+        facts: list[tuple[str, object]] = [("what", what)]
         if isinstance(error, BaseException):
             trace = error.__traceback__
             while trace is not None and trace.tb_next is not None:

@@ -20,6 +20,7 @@ from cryptography.x509.oid import NameOID
 from tests.wire import SSL_REQUEST, RawClient
 
 HOST = "127.0.0.1"
+PEM = serialization.Encoding.PEM
 LONG_AGO = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
 LAST_YEAR = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=365)
 NEXT_YEAR = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=365)
@@ -37,9 +38,13 @@ class Identity:
         return {"cert": str(self.cert), "key": str(self.key)}
 
     @property
+    def certificate(self) -> x509.Certificate:
+        return x509.load_pem_x509_certificate(self.cert.read_bytes())
+
+    @property
     def der(self) -> bytes:
-        """The certificate itself."""
-        return x509.load_pem_x509_certificate(self.cert.read_bytes()).public_bytes(serialization.Encoding.DER)
+        """The certificate as it is sent."""
+        return self.certificate.public_bytes(serialization.Encoding.DER)
 
 
 def write_identity(folder: Path, name: str, cert: bytes, key: bytes) -> Identity:
@@ -72,6 +77,19 @@ class Authority:
     def issue_expired(self, name: str, *identities: str, **more: Any) -> Identity:
         return self.issue(name, *identities, not_before=LONG_AGO, not_after=LAST_YEAR, **more)
 
+    def sign(self, name: str, subject: x509.Name, names: list[x509.GeneralName]) -> Identity:
+        """A certificate that says what trustme cannot."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        authority = x509.load_pem_x509_certificate(self.cert.read_bytes())
+        authority_key: Any = serialization.load_pem_private_key(self._authority.private_key_pem.bytes(), None)
+        builder = x509.CertificateBuilder(
+            authority.subject, subject, key.public_key(), x509.random_serial_number(), LAST_YEAR, NEXT_YEAR
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        signed = builder.sign(authority_key, hashes.SHA256())
+        return write_identity(self.folder, name, signed.public_bytes(PEM), pem_of(key))
+
     def client_context(self, identity: Identity | None = None) -> ssl.SSLContext:
         """How a client speaks TLS that trusts this authority alone."""
         context = ssl.create_default_context(cafile=str(self.cert))
@@ -97,10 +115,14 @@ def self_signed(
         .add_extension(names, critical=False)
         .sign(key, algorithm)
     )
-    pem = serialization.Encoding.PEM
-    encrypted = serialization.NoEncryption()
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, encrypted)
-    return write_identity(folder, name, signed.public_bytes(pem), private)
+    return write_identity(folder, name, signed.public_bytes(PEM), pem_of(key))
+
+
+def pem_of(key: Any, password: bytes | None = None) -> bytes:
+    """A private key as a file holds it, encrypted if there is a password."""
+    encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    pem: bytes = key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, encryption)
+    return pem
 
 
 def server_context(identity: Identity) -> ssl.SSLContext:
@@ -115,7 +137,7 @@ class TlsClient(RawClient):
     """A client that speaks TLS, `direct` or behind an SSLRequest. An end without close_notify is an error to it."""
 
     def __init__(
-        self, port: int, context: ssl.SSLContext, *, direct: bool = False, server_name: str = "localhost"
+        self, port: int, context: ssl.SSLContext, *, direct: bool = False, server_name: str | None = "localhost"
     ) -> None:
         super().__init__(port)
         try:

@@ -11,6 +11,7 @@ from types import TracebackType
 
 SECONDS = 20
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+CANCEL_REQUEST = 80877102
 GSSENC_REQUEST = struct.pack("!ii", 8, 80877104)
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 """The value of SO_LINGER that makes a close a reset."""
@@ -37,6 +38,10 @@ def password(text: str = "md5" + "0" * 32) -> bytes:
 
 def query(sql: str) -> bytes:
     return message(b"Q", sql.encode() + b"\0")
+
+
+def cancel_request(key: bytes) -> bytes:
+    return struct.pack("!ii", 8 + len(key), CANCEL_REQUEST) + key
 
 
 def error_fields(body: bytes) -> dict[str, str]:

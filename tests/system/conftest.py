@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ class Asked:
 
 
 @contextlib.contextmanager
-def asking_gateway(folder: Path, port: int, *, cleartext: bool) -> Iterator[Asked]:
+def asking_gateway(folder: Path, port: int, *, cleartext: bool, **settings: Any) -> Iterator[Asked]:
     notes, script = folder / "notes", folder / "authenticator"
     notes.touch()
     script.write_text(
@@ -159,8 +159,8 @@ def asking_gateway(folder: Path, port: int, *, cleartext: bool) -> Iterator[Aske
         "exit ${refused:-0}\n"
     )
     script.chmod(0o755)
-    settings = {"cleartext_password": cleartext, "max_parallel": 1}
-    with running_gateway(folder, script, authenticator=settings) as gateway:
+    asking = {"cleartext_password": cleartext, "max_parallel": 1, **settings.pop("authenticator", {})}
+    with running_gateway(folder, script, authenticator=asking, **settings) as gateway:
         yield Asked(gateway, notes)
 
 
@@ -472,6 +472,36 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             serving.process.wait()
         assert status == 0, serving.text
         assert "Traceback" not in serving.text
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs pgauthproxy in a folder of its own until it ends."""
+
+    def start(*arguments: str, before: Sequence[str] = (), **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*before, *MODULE, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment | variables,
+            timeout=WAIT_SECONDS,
+            check=False,
+        )
+
+    return start
+
+
+def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pgauthproxy: ")
+    for word in words:
+        assert word in line
 
 
 @pytest.fixture
