@@ -13,7 +13,7 @@ import msgspec
 import uvloop
 
 from pgauthproxy import _spawn
-from pgauthproxy.build import build_client_tls, build_gateway, tcp_options
+from pgauthproxy.build import build_client_tls, build_gateway, check_target_tls, tcp_options
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import GatewayFault
 from pgauthproxy.events import CloseReason, Noticed, Refused, Sink
@@ -162,6 +162,7 @@ class Worker:
         """Reads certificates anew, for connections from here on. What cannot be used leaves the old ones in force."""
         try:
             client_tls = build_client_tls(self._settings)
+            check_target_tls(self._settings)
         except TlsConfigError as error:
             self._sink(Noticed("error", "certificates not loaded, the old ones stay", (("reason", str(error)),)))
             return

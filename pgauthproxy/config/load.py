@@ -123,6 +123,9 @@ def _convert(key: Key, value: object) -> object:
             value = _parse_bool(value)
         elif isinstance(key.default, dict):
             value = yaml.safe_load(value)
+    elif isinstance(value, float) and isinstance(key.default, str):
+        # A version, 1.3 say, as people write it.
+        value = str(value)
     return msgspec.convert(value, key.type, strict=False)
 
 
