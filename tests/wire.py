@@ -162,8 +162,11 @@ class ScriptedTarget:
                 continue
         for thread in self._threads:
             thread.join(SECONDS)
-        if kind is None and self.failures:
+        if error is None and self.failures:
             raise self.failures[0]
+        for failure in self.failures:
+            assert error is not None
+            error.add_note(f"the target failed: {failure!r}")
 
     def _accept(self) -> None:
         while True:
