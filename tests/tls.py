@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import socket
@@ -149,6 +150,14 @@ class TlsClient(RawClient):
             self.socket.close()
             raise
         self.socket = self.tls
+
+    def read_to_end(self) -> bytes:
+        data = b""
+        # Raised instead of an empty read where we have said goodbye before the gateway does.
+        with contextlib.suppress(ssl.SSLZeroReturnError):
+            while chunk := self.socket.recv(65536):
+                data += chunk
+        return data
 
 
 Opening = Callable[[socket.socket], socket.socket]
