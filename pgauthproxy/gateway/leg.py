@@ -35,6 +35,7 @@ class Leg(asyncio.BufferedProtocol):
         self.framer = _wire.Framer({})
         self.fd = connection.fileno()
         self.tls: Channel | None = None
+        self.in_handshake = False
         self.at_eof = False
         self.error: Exception | None = None
         self._connection = connection
@@ -56,7 +57,9 @@ class Leg(asyncio.BufferedProtocol):
 
     def _send(self, data: bytes) -> None:
         if self._transport is not None:
-            self._transport.write(data)
+            # It may have been lost while a thread was at work.
+            if not self._transport.is_closing():
+                self._transport.write(data)
             return
         sent = 0
         if not self._unsent:
@@ -157,6 +160,7 @@ class Leg(asyncio.BufferedProtocol):
 
     async def _start_tls(self, step: StartTls) -> Encryption:
         """The handshake. What costs milliseconds of it runs in a thread, and nothing is read meanwhile."""
+        self.in_handshake = True
         try:
             tls = step.side.open()
             output = tls.handshake(b"") if not self.framer.pending else b""
@@ -172,6 +176,7 @@ class Leg(asyncio.BufferedProtocol):
             self._send(error.alert)
             raise self.tls_fault(error) from None
         self.tls = tls
+        self.in_handshake = False
         if not self._decrypt(tls, self.framer.take_rest()):
             raise self.gone_fault()
         return encryption
