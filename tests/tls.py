@@ -105,7 +105,7 @@ def self_signed(
     name: str,
     common_name: str = "localhost",
     *,
-    algorithm: hashes.HashAlgorithm | None = None,
+    algorithm: Any = None,
 ) -> Identity:
     """A certificate that no authority stands for, signed with this hash; Ed25519 has none of its own."""
     key: Any = ed25519.Ed25519PrivateKey.generate() if algorithm is None else ec.generate_private_key(ec.SECP256R1())

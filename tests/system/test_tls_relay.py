@@ -108,8 +108,8 @@ class Sides:
 
     def psycopg(self, postgres: ThrowawayPostgres) -> psycopg.Connection[Any]:
         sslmode = "require" if self.client_has_tls else "disable"
-        where = {"host": HOST, "port": self.gateway.port, "user": self.user(postgres), "dbname": "postgres"}
-        return psycopg.connect(**where, password="x", sslmode=sslmode)
+        where: dict[str, Any] = {"host": HOST, "port": self.gateway.port, "user": self.user(postgres)}
+        return psycopg.connect(**where, dbname="postgres", password="x", sslmode=sslmode)
 
 
 @pytest.fixture(params=SIDES)

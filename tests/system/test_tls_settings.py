@@ -18,7 +18,7 @@ from pgauthproxy.throwaway import UNPRIVILEGED_USER
 from tests.conftest import Gateway, StartGateway
 from tests.system.conftest import Run, assert_one_clear_line, configure
 from tests.tls import Authority, Identity, TlsClient, pem_of
-from tests.wire import RawClient, message, startup
+from tests.wire import SSL_REQUEST, RawClient, message, startup
 
 EXPOSED = "passwords cross the network in clear"
 LOADED = "certificates loaded anew"
@@ -440,7 +440,7 @@ def test_a_session_of_a_certificate_whose_authority_is_gone_cannot_be_resumed(
     reloading.client_ca.write_bytes(stranger.cert.read_bytes())
     reloading.reload()
     with RawClient(reloading.gateway.port) as client:
-        client.send(b"\0\0\0\x08\x04\xd2\x16\x2f")
+        client.send(SSL_REQUEST)
         assert client.read(1) == b"S"
         with pytest.raises(ssl.SSLError):
             context.wrap_socket(client.socket, server_hostname="localhost", session=session)

@@ -114,7 +114,7 @@ class Witness:
         encrypted = connection if isinstance(connection, ssl.SSLSocket) else None
         self.versions.append((encrypted and encrypted.version()) or "")
         self.resumed.append(bool(encrypted and encrypted.session_reused))
-        self.certificates.append(encrypted and encrypted.getpeercert())
+        self.certificates.append(encrypted.getpeercert() if encrypted else None)
         greet(connection)
         while connection.recv(65536):
             continue
