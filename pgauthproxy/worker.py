@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import sys
+import warnings
 from typing import Any, Final
 
 import msgspec
@@ -51,6 +52,8 @@ def open_listeners(settings: Settings) -> list[socket.socket]:
 
 def serve(settings: Settings, listening: list[socket.socket], sink: Sink) -> None:
     """Runs until a signal ends it."""
+    # What libraries tell their developers, of a certificate that a peer shows say, is nothing for the log.
+    warnings.simplefilter("ignore")
     uvloop.run(Worker(prepare_process(settings, sink), sink).run(listening))
 
 

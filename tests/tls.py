@@ -126,6 +126,18 @@ def pem_of(key: Any, password: bytes | None = None) -> bytes:
     return pem
 
 
+def with_negative_serial(folder: Path, name: str) -> Identity:
+    """A certificate as RFC 5280 forbids it and OpenSSL takes it; its signature is wrong."""
+    identity = self_signed(folder, name, algorithm=hashes.SHA256())
+    serial = identity.certificate.serial_number
+    written = serial.to_bytes(serial.bit_length() // 8 + 1)
+    der = identity.der.replace(
+        bytes([2, len(written)]) + written, bytes([2, len(written), written[0] | 0x80]) + written[1:]
+    )
+    identity.cert.write_text(ssl.DER_cert_to_PEM_cert(der))
+    return identity
+
+
 def server_context(identity: Identity) -> ssl.SSLContext:
     """How a target speaks TLS."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

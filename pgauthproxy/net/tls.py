@@ -5,6 +5,7 @@ Keys that others may read are refused, as PostgreSQL refuses them.
 """
 
 import asyncio
+import base64
 import functools
 import hashlib
 import os
@@ -13,6 +14,7 @@ import ssl
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from pgauthproxy._tls import Channel
@@ -29,6 +31,7 @@ VERIFYING_MODES: Final = ("verify-ca", "verify-full")
 NEGOTIATIONS: Final = ("postgres", "direct")
 SYSTEM_ROOTS: Final = "system"
 HOST_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,255}")
+PEM_CERTIFICATE: Final = re.compile(rb"-----BEGIN (?:X509 )?CERTIFICATE-----(.+?)-----END ", re.DOTALL)
 MAX_KEPT: Final = 256
 K = TypeVar("K")
 V = TypeVar("V")
@@ -206,11 +209,9 @@ class ClientSide:
         context.verify_mode = CLIENT_CERTIFICATES[self._client_cert]
         if self._client_ca:
             load_authorities(context, self._client_ca)
-        with open(files.cert) as chain:
-            pem = chain.read()
-        end = "-----END CERTIFICATE-----"
-        leaf = pem[pem.index("-----BEGIN CERTIFICATE-----") : pem.index(end) + len(end)]
-        self._bindings[context] = binding_of(ssl.PEM_cert_to_DER_cert(leaf))
+        # The first in the file is the gateway's own, and OpenSSL has read it; what stands round it may be anything.
+        found = PEM_CERTIFICATE.search(Path(files.cert).read_bytes())
+        self._bindings[context] = binding_of(base64.b64decode(found[1])) if found else b""
         return context
 
     def _chosen_by_name(self, connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> int | None:

@@ -196,6 +196,21 @@ def test_variables_set_tls_too(run: Run, files: Path) -> None:
     assert "target.tls.ca = system  (environment PGPROXY_TARGET_TLS_CA)" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        pytest.param(lambda pem: b"# f\xfcr alle\n" + pem + b"\xff\xfe\n", id="words that are no UTF-8"),
+        pytest.param(lambda pem: pem.replace(b" CERT", b" X509 CERT"), id="an older name for it"),
+        pytest.param(lambda pem: pem.replace(b"\n", b"\r\n"), id="line ends of Windows"),
+    ],
+)
+def test_what_openssl_reads_is_read(run: Run, files: Path, written: Callable[[bytes], bytes]) -> None:
+    (files / "mine.pem").write_bytes(written((files / "mine.pem").read_bytes()))
+    configure(files, tls=MINE)
+    done = run("check")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # Who may read a key
 
 needs_root = pytest.mark.skipif(not AS_ROOT, reason="only root can give files away")

@@ -32,7 +32,7 @@ from tests.system.conftest import (
     answering_gateway,
     wait_until,
 )
-from tests.tls import HOST, Authority, Identity, opens_with_tls, self_signed, server_context
+from tests.tls import HOST, Authority, Identity, opens_with_tls, self_signed, server_context, with_negative_serial
 from tests.wire import (
     AUTH_OK,
     CANCEL_REQUEST,
@@ -238,6 +238,15 @@ def test_tls_1_2_is_spoken(answering: Answering, identities: dict[str, Identity]
     with witnessing(context) as (witness, target):
         answering.greeted(at(target) | tls("require"))
     assert witness.versions == ["TLSv1.2"]
+
+
+def test_what_is_odd_about_a_certificate_is_not_put_into_the_log_by_libraries(
+    answering: Answering, tmp_path: Path
+) -> None:
+    with witnessing(server_context(with_negative_serial(tmp_path, "odd"))) as (witness, target):
+        answering.greeted(at(target) | tls("require"))
+    assert witness.versions == ["TLSv1.3"]
+    assert {line[:1] for line in answering.gateway.log.read_text().splitlines()} == {"{"}
 
 
 # Names
