@@ -207,7 +207,7 @@ class ClientSide:
         try:
             context.set_ciphers(self._ciphers)
         except (ssl.SSLError, ValueError):
-            raise TlsConfigError("tls.ciphers: no cipher of that name") from None
+            raise TlsConfigError(f"tls.ciphers: {self._ciphers}: no cipher of that name") from None
         context.set_alpn_protocols([APPLICATION_PROTOCOL])
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
         # libpq resumes nothing: TLS 1.3 spares the tickets. Those of TLS 1.2 stay, since without them OpenSSL would

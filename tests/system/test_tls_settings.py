@@ -176,7 +176,7 @@ def test_check_shows_the_settings_of_tls(run: Run, files: Path) -> None:
     said = run("check").stdout
     assert "tls.cert = mine.pem  (file pgauthproxy.yaml)" in said
     assert "tls.hosts = a.example, b.example  (file pgauthproxy.yaml)" in said
-    assert "tls.mode = (allow with a certificate, else disable)  (default)" in said
+    assert "tls.mode = allow  (default)" in said
     assert "target.tls.mode = require  (file pgauthproxy.yaml)" in said
 
 

@@ -459,7 +459,7 @@ ERROR = message(b"E", b"SFATAL\0VFATAL\0C0A000\0M" + WORDS.encode() + b"\0\0")
 # What a target answers, where the gateway would rather speak TLS, and what the log says of it where it insists.
 NOT_TLS = {
     "no": ([b"N"], "target speaks no TLS, which is required"),
-    "an error": ([ERROR], "target sent bytes in plain behind its answer to the SSL request"),
+    "an error": ([ERROR], "target answered the SSL request with something else than yes or no"),
     "the first byte of an error": ([b"E"], "target answered the SSL request with something else than yes or no"),
     "a byte that is none": ([b"\0"], "target answered the SSL request with something else than yes or no"),
     "yes, and speaks plain": ([b"S", AUTH_OK + KEY + READY], "TLS with the target failed: WRONG_VERSION_NUMBER"),
