@@ -168,7 +168,7 @@ def _made_up_from(settings: Settings) -> Secret:
     """The secret that the salts of refused users are made from: as stable as the operator has made it."""
     if settings.authenticator.scram_seed:
         return Secret(settings.authenticator.scram_seed.encode())
-    if settings.tls.key:
+    if settings.tls_mode != "disable":
         return Secret(hashlib.sha256(Path(settings.tls.key).read_bytes()).digest())
     return Secret(secrets.token_bytes(32))
 
