@@ -106,6 +106,7 @@ def build_targets(settings: Settings) -> Targets:
         error_text=target.error_text,
         version=major << 16 | minor,
         tls=target_tls(settings),
+        warm=target.warm,
         limits=TargetLimits(
             auth_request=target.max_auth_request,
             error=target.max_error,
@@ -120,7 +121,7 @@ def build_targets(settings: Settings) -> Targets:
 def target_tls(settings: Settings) -> TargetTls:
     """TLS with targets, where the authenticator says nothing else."""
     tls = settings.target.tls
-    return TargetTls(tls.mode, tls.ca, tls.cert, tls.key, tls.negotiation, tls.name)
+    return TargetTls(tls.decided_mode, tls.ca, tls.cert, tls.key, tls.negotiation, tls.name)
 
 
 def check_target_tls(settings: Settings) -> None:

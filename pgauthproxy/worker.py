@@ -189,6 +189,7 @@ class Worker:
             for session in list(self._gateway.sessions):
                 session.end(CloseReason.SHUTDOWN, b"terminating connection due to administrator command")
             await self._wait_for_end(min(1.0, self._settings.close_timeout))
+        self._gateway.targets.warm.close()
         await self._gateway.admission.authenticator.close()
         self._sink(Noticed("info", "ended"))
 

@@ -125,9 +125,10 @@ class TlsSettings(_Settings, frozen=True):
 class TargetTlsSettings(_Settings, frozen=True):
     """TLS with targets, where the authenticator says nothing else."""
 
-    mode: TargetTlsMode = "prefer"
-    """As libpq's sslmode. `prefer` protects against nobody who can do more than listen; it falls back on plain. Unix
-    sockets never use TLS. `_META_TARGET_TLS` is the authenticator's word for it."""
+    mode: TargetTlsMode | None = None
+    """As libpq's sslmode. `prefer`, the default, protects against nobody who can do more than listen; it falls back on
+    plain. With `ca: system` the default is `verify-full`. Unix sockets never use TLS. `_META_TARGET_TLS` is the
+    authenticator's word for it."""
     ca: str = ""
     """The authorities that targets' certificates must be signed by: a PEM file, or `system` with mode `verify-full`.
     With it, `require` means `verify-ca`. (`_META_TARGET_CA`)"""
@@ -141,6 +142,11 @@ class TargetTlsSettings(_Settings, frozen=True):
     name: str = ""
     """What a target's certificate must be for, if not the host's name. (`_META_TARGET_TLS_NAME`)"""
 
+    @property
+    def decided_mode(self) -> TargetTlsMode:
+        """The mode that is in force."""
+        return self.mode or ("verify-full" if self.ca == "system" else "prefer")
+
 
 class TargetSettings(_Settings, frozen=True):
     """The servers that sessions are sent to."""
@@ -149,6 +155,9 @@ class TargetSettings(_Settings, frozen=True):
     protocol: Literal["3.0", "3.2"] = "3.0"
     """The version that targets are asked for. 3.2 gets longer cancel keys from PostgreSQL 18 and newer; some older
     servers refuse it. Clients get what they ask for, whatever this is."""
+    warm: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """How many connections to each target used lately stand open before they are needed, TLS done and nothing else: a
+    login there takes a third less time. Each serves one login. The authenticator's targets may say otherwise."""
     connect_timeout: Positive = 5.0
     """For connecting to one address."""
     login_timeout: Positive = 15.0
@@ -280,6 +289,8 @@ def in_force(settings: Settings, key: Key) -> object:
             return settings.method
         case "tls.mode":
             return settings.tls_mode
+        case "target.tls.mode":
+            return settings.target.tls.decided_mode
     value: object = settings
     for name in key.path.split("."):
         value = getattr(value, name)

@@ -28,7 +28,7 @@ class Leg(asyncio.BufferedProtocol):
 
     It owns a connected, non-blocking socket, which becomes the loop's when there is first something to wait for: what
     a login has to say before that is on its way by then. It reads into the same buffer as the ends that forward later,
-    so that handing over changes nothing but the protocol.
+    so that handing over changes nothing but the protocol. `heard`: whether anything was received since it was set back.
     """
 
     # The loop looks for it, and not finding it is an exception each time.
@@ -41,6 +41,7 @@ class Leg(asyncio.BufferedProtocol):
         self.at_eof = False
         self.error: Exception | None = None
         self.shaking_hands = False
+        self.heard = False
         self._connection = connection
         self._transport: asyncio.Transport | None = None
         self._unsent = b""
@@ -71,7 +72,7 @@ class Leg(asyncio.BufferedProtocol):
                 sent = self._connection.send(data)
         self._unsent += data[sent:]
 
-    async def _open(self) -> asyncio.Transport:
+    async def open(self) -> asyncio.Transport:
         """The transport, made at the first call."""
         if self._transport is None:
             try:
@@ -93,6 +94,7 @@ class Leg(asyncio.BufferedProtocol):
         return self._buffer.space
 
     def buffer_updated(self, count: int) -> None:
+        self.heard = True
         data = memoryview(self._buffer.space)[:count]
         if self.tls is None:
             self.framer.feed(data)
@@ -193,7 +195,7 @@ class Leg(asyncio.BufferedProtocol):
             raise self.gone_fault()
         if self._transport is None:
             # Something may be here before we are told that the transport stands: then there is nothing to wait for.
-            await self._open()
+            await self.open()
             if self.framer.pending or self.at_eof:
                 return
         else:
@@ -204,7 +206,7 @@ class Leg(asyncio.BufferedProtocol):
 
     async def until_gone(self) -> None:
         """Waits until the peer has closed its side. What it says until then is dropped."""
-        await self._open()
+        await self.open()
         while not self._lost and not self.at_eof:
             await self._wait()
             self.framer.take_rest()

@@ -61,7 +61,9 @@ def load_certificate(context: ssl.SSLContext, files: CertificateFiles) -> None:
     except ssl.SSLError as error:
         raise TlsConfigError(f"{files.cert}, {files.key}: not a certificate and its key: {error.reason}") from None
     except OSError as error:
-        raise TlsConfigError(f"{files.cert}: {error.strerror}") from None
+        # OpenSSL does not say of which it is.
+        path = files.cert if not os.access(files.cert, os.R_OK) else files.key
+        raise TlsConfigError(f"{path}: {error.strerror}") from None
 
 
 def check_key_file(path: str) -> None:
@@ -366,6 +368,10 @@ def fault_of(settings: TargetTls) -> str | None:
 
 def build_target_context(settings: TargetTls) -> ssl.SSLContext:
     """Reads all files. Raises TlsConfigError."""
+    # Certificates of targets will be read; loading this takes a tenth of a second, and this runs in a thread.
+    import cryptography.x509
+
+    assert cryptography.x509  # noqa: S101 (it is loaded now)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols([APPLICATION_PROTOCOL])

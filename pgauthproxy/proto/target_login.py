@@ -69,9 +69,17 @@ class TargetTerms:
 
 
 def target_login(framer: _wire.Framer, granted: Granted, terms: TargetTerms) -> Login[Welcome]:
-    """Logs in with the mapping's parameters and the credential that was granted. Raises TargetFault."""
+    """Goes over to TLS and logs in with the mapping's parameters and the credential that was granted.
+
+    Raises TargetFault.
+    """
+    encryption = yield from start_tls(framer, terms.tls)
+    return (yield from log_in(framer, granted, terms, encryption))
+
+
+def log_in(framer: _wire.Framer, granted: Granted, terms: TargetTerms, encryption: Encryption | None) -> Login[Welcome]:
+    """Logs in where TLS is spoken already, or will not be. Raises TargetFault."""
     try:
-        encryption = yield from start_tls(framer, terms.tls)
         exchange = _Exchange(framer, granted, terms, encryption)
         yield messages.startup_message(terms.version, granted.mapping.parameters)
         yield from exchange.authenticate()
