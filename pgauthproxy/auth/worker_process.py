@@ -127,10 +127,11 @@ class WorkerProcess:
         """
         self.session = session
         self._lines_left = MAX_SAID_LINES
-        self._answer = asyncio.get_running_loop().create_future()
+        # Held here too: a process that has gone is found by writing to it, and then has given its answer already.
+        answer = self._answer = asyncio.get_running_loop().create_future()
         self._send(request + b"\n")
         try:
-            return await asyncio.shield(self._answer)
+            return await asyncio.shield(answer)
         except AuthenticatorFault:
             if self._collected or await self._status != 0:
                 raise
@@ -192,6 +193,7 @@ class WorkerProcess:
         except BlockingIOError:
             sent = 0
         except OSError:
+            self._is_leaving = True
             self.end("closed its input")
             return
         self._unsent = data[sent:]

@@ -239,6 +239,7 @@ async def attached_at(host: Address) -> Address:
         tls=TargetTls(),
         limits=TargetLimits(2000, 30_000, 65_536, 100_000),
         tcp=TcpOptions(60, 10, 6, 0.0),
+        warm=0,
     )
     attached, leg = await Targets(policy, ForwardBuffer(65536)).attach(granted)
     leg.abort()

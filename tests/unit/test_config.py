@@ -132,6 +132,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "authenticator.max_parallel": ("42", 42),
     "authenticator.workers.min": ("42", 42),
     "authenticator.workers.max": ("42", 42),
+    "target.warm": ("42", 42),
 }
 """What some settings can be, and others of their type not."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from pgauthproxy.auth.command import SaidSink
 from pgauthproxy.auth.model import AuthenticatorConfigError, Question
 from pgauthproxy.auth.worker import WorkerAuthenticator, WorkerLimits
 from pgauthproxy.errors import AuthenticatorFault
@@ -15,6 +17,7 @@ from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Accepted, Started
 
 ECHOES = """
+import os
 import sys
 lines = []
 for line in sys.stdin:
@@ -26,9 +29,13 @@ for line in sys.stdin:
 """
 
 
-def pool(program: str, least: int = 1, most: int = 1) -> WorkerAuthenticator:
-    limits = WorkerLimits(least, most, timeout=10.0, grace=1.0, max_output=65_536, max_lines=256)
-    return WorkerAuthenticator([sys.executable, "-c", program], {}, limits, lambda *_: None)
+def silence(session: str, lines: tuple[str, ...], dropped: int) -> None:
+    """Hears what processes say, and keeps it to itself."""
+
+
+def pool(program: str, least: int = 1, most: int = 1, said: SaidSink = silence) -> WorkerAuthenticator:
+    limits = WorkerLimits(least, most, timeout=10.0, grace=5.0, max_output=65_536, max_lines=256)
+    return WorkerAuthenticator([sys.executable, "-c", program], {}, limits, said)
 
 
 def question(user: str) -> Question:
@@ -118,3 +125,28 @@ def test_one_that_retires_while_it_is_asked_loses_no_question() -> None:
             await authenticator.close()
 
     assert asyncio.run(run()) == [f"user{number}".encode() for number in range(20)]
+
+
+def test_one_whose_input_is_closed_when_it_is_asked_is_one_that_retires() -> None:
+    once = ECHOES.replace("        lines = []\n    elif", "        break\n    elif")
+    closes = f"import os\n{once}\nos.close(0)\nprint('closed', file=sys.stderr, flush=True)\nos.read(3, 1)"
+
+    async def run() -> list[bytes]:
+        closed = asyncio.Event()
+        # The process lives on, and holds its output open, until it has the end of this pipe: by then it was asked.
+        held, release = os.pipe()
+        os.set_inheritable(held, True)
+        authenticator = pool(closes.replace("os.read(3,", f"os.read({held},"), 1, 2, lambda *_: closed.set())
+        await authenticator.start()
+        try:
+            first = (await authenticator.ask(question("alice"))).user
+            await closed.wait()
+            asking = asyncio.ensure_future(authenticator.ask(question("bob")))
+            await asyncio.sleep(0)
+            os.close(release)
+            return [first, (await asking).user]
+        finally:
+            await authenticator.close()
+            os.close(held)
+
+    assert asyncio.run(run()) == [b"alice", b"bob"]
