@@ -1,5 +1,6 @@
 """The one place where the parts are put together: settings in, a gateway out."""
 
+import contextlib
 import hashlib
 import secrets
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 from pgauthproxy import _relay
 from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
+from pgauthproxy.auth.users import UsersAuthenticator, UsersPolicy
+from pgauthproxy.auth.users_file import TlsFault
 from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
-from pgauthproxy.events import AuthenticatorSaid, Sink, ignore
+from pgauthproxy.errors import AuthenticatorFault
+from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
@@ -18,7 +22,14 @@ from pgauthproxy.gateway.session import Gateway
 from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
 from pgauthproxy.net.listen import ListenError, parse_listen
-from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of
+from pgauthproxy.net.tls import (
+    CertificateFiles,
+    ClientSide,
+    TlsConfigError,
+    build_target_context,
+    fault_of,
+    resolve,
+)
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import TargetTls
@@ -35,8 +46,10 @@ def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     match settings.kind:
         case "command":
             return _command(settings, sink)
+        case "users":
+            return _users(settings, sink)
         case None:
-            raise AuthenticatorConfigError("authenticator.cmd: no authenticator is configured")
+            raise AuthenticatorConfigError("authenticator.cmd, authenticator.users.file: neither is set")
 
 
 def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
@@ -55,6 +68,30 @@ def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
         limits,
         lambda session, lines, dropped: sink(AuthenticatorSaid(session, lines, dropped)),
     )
+
+
+def _users(settings: Settings, sink: Sink) -> UsersAuthenticator:
+    return UsersAuthenticator(
+        Path(settings.authenticator.users.file),
+        UsersPolicy(settings.method, _made_up_from(settings), settings.authenticator.scram_iterations),
+        fault_of_targets(settings),
+        lambda level, what, facts: sink(Noticed(level, what, facts)),
+    )
+
+
+def fault_of_targets(settings: Settings) -> TlsFault:
+    """Says what is wrong with a target's own TLS settings, on top of the configuration's; reads the files they name."""
+
+    def fault(wishes: tuple[tuple[str, str], ...]) -> str | None:
+        try:
+            build_target_context(resolve(target_tls(settings), wishes))
+        except AuthenticatorFault as error:
+            return error.detail
+        except TlsConfigError as error:
+            return str(error)
+        return None
+
+    return fault
 
 
 def build_targets(settings: Settings) -> Targets:
@@ -99,7 +136,7 @@ def build_client_tls(settings: Settings) -> ClientSide | None:
     )
 
 
-def build_admission(settings: Settings, sink: Sink) -> Admission:
+def build_admission(settings: Settings, authenticator: Authenticator) -> Admission:
     """How clients are let in."""
     policy = ClientPolicy(
         method=settings.method,
@@ -109,7 +146,7 @@ def build_admission(settings: Settings, sink: Sink) -> Admission:
         tls_required=settings.tls_mode == "require",
     )
     return Admission(
-        authenticator=build_authenticator(settings, sink),
+        authenticator=authenticator,
         policy=policy,
         seed=_made_up_from(settings),
         scram_iterations=settings.authenticator.scram_iterations,
@@ -121,22 +158,27 @@ def _made_up_from(settings: Settings) -> Secret:
     if settings.authenticator.scram_seed:
         return Secret(settings.authenticator.scram_seed.encode())
     if settings.tls.key:
-        return Secret(hashlib.sha256(Path(settings.tls.key).read_bytes()).digest())
+        # What is wrong with the key is told where TLS is set up with it.
+        with contextlib.suppress(OSError):
+            return Secret(hashlib.sha256(Path(settings.tls.key).read_bytes()).digest())
     return Secret(secrets.token_bytes(32))
 
 
-def faults_of(settings: Settings) -> list[str]:
-    """What the settings ask for and the machine does not have, a line each."""
-    faults = []
+def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[str]]:
+    """The authenticator, which may be long to read, and what the settings ask for and the machine does not have.
+
+    Faults are a line each; the sink gets what is only to be noted.
+    """
+    authenticator, faults = None, []
     for text in settings.listen:
         try:
             parse_listen(text)
         except ListenError as error:
             faults.append(str(error))
     try:
-        build_authenticator(settings, ignore)
+        authenticator = build_authenticator(settings, sink)
     except AuthenticatorConfigError as error:
-        faults.append(str(error))
+        faults += error.faults
     try:
         build_client_tls(settings)
     except TlsConfigError as error:
@@ -148,14 +190,14 @@ def faults_of(settings: Settings) -> list[str]:
             build_target_context(target_tls(settings))
         except TlsConfigError as error:
             faults.append(f"target.tls: {error}")
-    return faults
+    return authenticator, faults
 
 
-def build_gateway(settings: Settings, sink: Sink) -> Gateway:
+def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) -> Gateway:
     """A gateway that serves nobody yet. Raises TlsConfigError."""
     targets = build_targets(settings)
     return Gateway(
-        admission=build_admission(settings, sink),
+        admission=build_admission(settings, authenticator),
         client_tls=build_client_tls(settings),
         targets=targets,
         paused=PausedClients(targets.buffer),

@@ -12,10 +12,10 @@ import click
 from pgauthproxy import worker
 from pgauthproxy._digest import md5_password
 from pgauthproxy.auth.model import AuthenticatorConfigError
-from pgauthproxy.build import faults_of
+from pgauthproxy.build import examine
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
-from pgauthproxy.events import Noticed
+from pgauthproxy.events import Event, Noticed
 from pgauthproxy.net import listen
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.proto import scram
@@ -91,9 +91,10 @@ def _command(context: click.Context, /, **flags: Any) -> None:
 
 def _serve(loaded: Loaded) -> None:
     settings = loaded.settings
-    if faults := faults_of(settings):
-        _fail(*faults)
     sink = LogSink(settings.log.format, settings.log.level)
+    authenticator, faults = examine(settings, sink)
+    if authenticator is None or faults:
+        _fail(*faults)
     for warning in loaded.warnings:
         sink(Noticed("warning", warning))
     try:
@@ -101,9 +102,9 @@ def _serve(loaded: Loaded) -> None:
     except listen.ListenError as error:
         _fail(str(error))
     try:
-        worker.serve(settings, listening, sink)
+        worker.serve(settings, authenticator, listening, sink)
     except AuthenticatorConfigError as error:
-        _fail(str(error))
+        _fail(*error.faults)
     finally:
         sink.flush()
 
@@ -122,9 +123,15 @@ def check(context: click.Context, /, **flags: Any) -> None:
         click.echo(f"{key.path} = {_shown(key, value)}  ({loaded.origins[key.path]})")
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}")
-    if faults := faults_of(loaded.settings):
+    _, faults = examine(loaded.settings, _echo_warning)
+    if faults:
         _fail(*faults)
     click.echo("ok")
+
+
+def _echo_warning(event: Event) -> None:
+    if isinstance(event, Noticed) and event.level == "warning":
+        click.echo(f"warning: {event.what}: {', '.join(f'{name} {value}' for name, value in event.facts)}")
 
 
 def _shown(key: schema.Key, value: Any) -> str:

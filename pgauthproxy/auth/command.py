@@ -90,6 +90,9 @@ class CommandAuthenticator:
             self._report(question.started.accepted.session, run)
         return self._decide(run)
 
+    async def reload(self) -> None:
+        """Nothing: each login starts the command as it is then."""
+
     async def close(self) -> None:
         if self._runner is not None:
             asyncio.get_running_loop().remove_reader(self._runner.fileno())

@@ -14,7 +14,7 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 BoundedBytes = Annotated[int, Meta(ge=1, le=1 << 24)]
-Kind = Literal["command"]
+Kind = Literal["command", "users"]
 Method = Literal["md5", "cleartext", "scram-sha-256", "cert"]
 TargetTlsMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
 Level = Literal["debug", "info", "warning", "error"]
@@ -29,19 +29,28 @@ def _default_parallel() -> int:
     return max(8, 2 * (os.cpu_count() or 1))
 
 
+class UsersSettings(_Settings, frozen=True):
+    """The kind `users`."""
+
+    file: str = ""
+    """A YAML file with users and the targets that they are mapped to (docs/users.md), with a mode as `tls.key`. Read
+    anew on SIGHUP."""
+
+
 class AuthenticatorSettings(_Settings, frozen=True):
     """Who decides about logins."""
 
     kind: Kind | None = None
-    """What the authenticator is. Without it: what the other settings ask for, `command` if `cmd` is set."""
+    """What the authenticator is. Without it: what the other settings ask for, `command` if `cmd` is set, `users` if
+    `users.file` is."""
     cmd: list[str] = []
     """The authenticator command: a list, or one string that is split as a shell would. No shell runs it."""
     env: list[str] | None = None
     """Names of the environment variables that the command gets. Without it: all of the gateway's."""
     method: Method | None = None
-    """How clients prove who they are. `md5` (the default): a salted MD5 of the password, which the authenticator
-    judges. `cleartext`: the password as it is. `scram-sha-256`: the authenticator gives a verifier, the gateway
-    compares. `cert`: by a client certificate alone."""
+    """How clients prove who they are. `md5`: a salted MD5 of the password, which the authenticator judges.
+    `cleartext`: the password as it is. `scram-sha-256`: the authenticator gives a verifier, the gateway compares.
+    `cert`: by a client certificate alone. Without it: `scram-sha-256` with the kind `users`, else `md5`."""
     cleartext_password: bool = False
     """The old way to say `method: cleartext`."""
     scram_iterations: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
@@ -49,6 +58,7 @@ class AuthenticatorSettings(_Settings, frozen=True):
     scram_seed: str = ""
     """A secret from which the salts that refused users are shown are made, so that they stay the same. Without it they
     are made from `tls.key`, and where there is none they change with each start."""
+    users: UsersSettings = UsersSettings()
     timeout: Positive = 10.0
     """How long the command may run. Then TERM goes to its process group."""
     grace: NotNegative = 1.0
@@ -198,13 +208,15 @@ class Settings(_Settings, frozen=True):
     def kind(self) -> Kind | None:
         """What the authenticator is; None if none is configured."""
         asked = self.authenticator
-        return asked.kind or ("command" if asked.cmd else None)
+        return asked.kind or ("command" if asked.cmd else "users" if asked.users.file else None)
 
     @property
     def method(self) -> Method:
         """How clients prove who they are, in one word."""
         asked = self.authenticator
-        return asked.method or ("cleartext" if asked.cleartext_password else "md5")
+        if asked.cleartext_password:
+            return asked.method or "cleartext"
+        return asked.method or ("scram-sha-256" if self.kind == "users" else "md5")
 
     @property
     def tls_mode(self) -> str:
@@ -262,6 +274,10 @@ def conflicts(settings: Settings) -> Iterator[str]:
     """What does not go together, a line each."""
     if settings.authenticator.cleartext_password and settings.authenticator.method not in (None, "cleartext"):
         yield f"authenticator.cleartext_password: contradicts authenticator.method {settings.authenticator.method}"
+    if settings.authenticator.kind is None and settings.authenticator.cmd and settings.authenticator.users.file:
+        yield "authenticator.kind: must say which, since authenticator.cmd and authenticator.users.file are both set"
+    if settings.kind == "users" and not settings.authenticator.users.file:
+        yield "authenticator.kind: users needs authenticator.users.file"
     if settings.tls_mode != "disable" and not settings.tls.cert:
         yield f"tls.mode: {settings.tls_mode} needs tls.cert and tls.key"
     if bool(settings.tls.cert) != bool(settings.tls.key):
