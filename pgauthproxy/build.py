@@ -5,11 +5,16 @@ import hashlib
 import secrets
 from pathlib import Path
 
+import msgspec
+
 from pgauthproxy import _relay
-from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits
+from pgauthproxy.auth.cache import CachedAuthenticator
+from pgauthproxy.auth.chain import ChainAuthenticator
+from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits, SaidSink
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
 from pgauthproxy.auth.users import UsersAuthenticator, UsersPolicy
 from pgauthproxy.auth.users_file import TlsFault
+from pgauthproxy.auth.worker import WorkerAuthenticator, WorkerLimits
 from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import AuthenticatorFault
@@ -43,13 +48,38 @@ def tcp_options(settings: Settings) -> TcpOptions:
 
 def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     """The authenticator that the settings ask for, not started yet. Raises AuthenticatorConfigError."""
-    match settings.kind:
+    cache = settings.authenticator.cache
+    found = _of_kind(settings, settings, sink)
+    return CachedAuthenticator(found, cache.max_seconds, cache.max_entries) if cache.max_seconds else found
+
+
+def _of_kind(settings: Settings, whole: Settings, sink: Sink) -> Authenticator:
+    """What these settings ask for; how clients prove themselves stands in the whole ones."""
+    match settings.authenticator.decided_kind:
         case "command":
             return _command(settings, sink)
         case "users":
-            return _users(settings, sink)
+            return _users(settings, whole, sink)
+        case "worker":
+            return _worker(settings, sink)
+        case "chain":
+            return _chain(settings, sink)
         case None:
             raise AuthenticatorConfigError("authenticator.cmd, authenticator.users.file: neither is set")
+
+
+def _chain(settings: Settings, sink: Sink) -> ChainAuthenticator:
+    links: list[tuple[str, Authenticator]] = []
+    faults: list[str] = []
+    for number, link in enumerate(settings.authenticator.chain, 1):
+        alone = msgspec.structs.replace(settings, authenticator=link)
+        try:
+            links.append((f"{number} ({link.decided_kind})", _of_kind(alone, settings, sink)))
+        except AuthenticatorConfigError as error:
+            faults += (f"authenticator.chain, {number}: {fault}" for fault in error.faults)
+    if faults:
+        raise AuthenticatorConfigError(*faults)
+    return ChainAuthenticator(links)
 
 
 def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
@@ -62,19 +92,32 @@ def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
         max_lines=wanted.max_output_lines,
         max_errors=wanted.max_errors,
     )
-    return CommandAuthenticator(
-        wanted.cmd,
-        authenticator_environment(settings),
-        limits,
-        lambda session, lines, dropped: sink(AuthenticatorSaid(session, lines, dropped)),
+    return CommandAuthenticator(wanted.cmd, authenticator_environment(settings), limits, _said(sink))
+
+
+def _worker(settings: Settings, sink: Sink) -> WorkerAuthenticator:
+    wanted = settings.authenticator
+    limits = WorkerLimits(
+        least=wanted.workers.min,
+        most=wanted.workers.max,
+        timeout=wanted.timeout,
+        grace=wanted.grace,
+        max_output=wanted.max_output,
+        max_lines=wanted.max_output_lines,
     )
+    return WorkerAuthenticator(wanted.cmd, authenticator_environment(settings), limits, _said(sink))
 
 
-def _users(settings: Settings, sink: Sink) -> UsersAuthenticator:
+def _said(sink: Sink) -> SaidSink:
+    """Passes on what an authenticator's process writes to its standard error."""
+    return lambda session, lines, dropped: sink(AuthenticatorSaid(session, lines, dropped))
+
+
+def _users(settings: Settings, whole: Settings, sink: Sink) -> UsersAuthenticator:
     return UsersAuthenticator(
         Path(settings.authenticator.users.file),
-        UsersPolicy(settings.method, _made_up_from(settings), settings.authenticator.scram_iterations),
-        fault_of_targets(settings),
+        UsersPolicy(whole.method, _made_up_from(whole), whole.authenticator.scram_iterations),
+        fault_of_targets(whole),
         lambda level, what, facts: sink(Noticed(level, what, facts)),
     )
 

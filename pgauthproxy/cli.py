@@ -9,7 +9,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from pgauthproxy import worker
+from pgauthproxy import trial, worker
 from pgauthproxy._digest import md5_password
 from pgauthproxy.auth.model import AuthenticatorConfigError
 from pgauthproxy.build import examine
@@ -69,6 +69,11 @@ def _load(flags: dict[str, Any]) -> Loaded:
         _fail(*error.faults)
 
 
+def _with_flags_before(context: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a command, those included that stand before its name."""
+    return {name: value if value is not None else context.obj[name] for name, value in flags.items()}
+
+
 def _fail(*lines: str) -> NoReturn:
     for line in lines:
         click.echo(f"pgauthproxy: {line}", err=True)
@@ -117,7 +122,7 @@ def check(context: click.Context, /, **flags: Any) -> None:
 
     Exit status 0 if the gateway could start with them, 2 if not.
     """
-    loaded = _load({name: value if value is not None else context.obj[name] for name, value in flags.items()})
+    loaded = _load(_with_flags_before(context, flags))
     for key in schema.all_keys():
         value = schema.in_force(loaded.settings, key)
         click.echo(f"{key.path} = {_shown(key, value)}  ({loaded.origins[key.path]})")
@@ -141,9 +146,42 @@ def _shown(key: schema.Key, value: Any) -> str:
         return "***"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, dict):
-        return ", ".join(value)
-    return ", ".join(value) if isinstance(value, list) else f"{value}"
+    if key.path == "authenticator.chain":
+        return ", ".join(link.decided_kind or "nothing" for link in value)
+    return ", ".join(value) if isinstance(value, list | dict) else f"{value}"
+
+
+@_command.command()
+@_settings_options
+@click.option("--user", required=True, help="Whom to log in as.")
+@click.option("--database", default="", help="The database to ask for; by default the user's name.")
+@click.option(
+    "--param", "parameters", multiple=True, metavar="K=V", help="A startup parameter; may stand more than once."
+)
+@click.option("--connect", is_flag=True, help="Log in at the target too.")
+@click.pass_context
+def auth(
+    context: click.Context, /, user: str, database: str, parameters: tuple[str, ...], connect: bool, **flags: Any
+) -> None:
+    """Asks the configured authenticator about one login, and shows what it was sent and what it answered.
+
+    The password is asked for without echo; secrets are shown as ***. Exit status 0 if it agrees, 1 if it refuses, 2 if
+    something is broken.
+    """
+    settings = _load(
+        {name: value if value is not None else context.obj[name] for name, value in flags.items()}
+    ).settings
+    pairs = [parameter.partition("=") for parameter in parameters]
+    if any(not (name and separator) for name, separator, _ in pairs):
+        raise click.UsageError("--param is written name=value")
+    login = trial.Login(
+        user=os.fsencode(user),
+        database=os.fsencode(database or user),
+        parameters=tuple((os.fsencode(name), os.fsencode(value)) for name, _, value in pairs),
+        password=b"" if settings.method == "cert" else read_password(confirm=False),
+        connect=connect,
+    )
+    sys.exit(trial.run(settings, login, click.echo))
 
 
 @_command.command("hash-password")

@@ -20,7 +20,7 @@ def check(found: os.stat_result) -> None:
         raise PrivateFileError("must belong to root or to the gateway's user")
     too_open = stat.S_IWGRP | stat.S_IXGRP | stat.S_IRWXO if found.st_uid == 0 else stat.S_IRWXG | stat.S_IRWXO
     if found.st_mode & too_open:
-        raise PrivateFileError("others may read it, or write to it; it must have mode 0600, or 0640 if root owns it")
+        raise PrivateFileError("others may read it; it must have mode 0600, or 0640 if root owns it")
 
 
 def read(path: Path) -> bytes:

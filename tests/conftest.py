@@ -119,14 +119,19 @@ class Gateway:
 
     @property
     def resident_bytes(self) -> int:
-        fields = Path(f"/proc/{self.pid}/statm").read_text().split()
-        return int(fields[1]) * 4096
+        return resident_bytes(self.pid)
 
     @property
     def peak_bytes(self) -> int:
         """The most memory that it ever had."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+
+def resident_bytes(pid: int | str = "self") -> int:
+    """How much memory a process has."""
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(fields[1]) * 4096
 
 
 def is_alive(pid: int) -> bool:

@@ -184,7 +184,10 @@ def refuse_tls(connection: socket.socket) -> None:
 
 def read_startup(connection: socket.socket) -> bytes:
     """The body of the startup packet that a target is sent."""
-    length = struct.unpack("!i", connection.recv(4, socket.MSG_WAITALL))[0]
+    header = connection.recv(4, socket.MSG_WAITALL)
+    if len(header) < 4:
+        raise ConnectionAbortedError("the gateway closed before it had said who it is")
+    length = struct.unpack("!i", header)[0]
     return connection.recv(length - 4, socket.MSG_WAITALL)
 
 

@@ -91,7 +91,7 @@ class CommandAuthenticator:
         return self._decide(run)
 
     async def reload(self) -> None:
-        """Nothing: each login starts the command as it is then."""
+        """Nothing: the command is read at each login."""
 
     async def close(self) -> None:
         if self._runner is not None:

@@ -36,6 +36,10 @@ class Denied(Exception):
         self.verifier = verifier
 
 
+class UnknownUser(Denied):
+    """There is nobody of that name; a `verifier` is made up."""
+
+
 class AuthenticatorConfigError(Exception):
     """An authenticator that cannot be used as it is configured; `faults` says why, one line each for the operator."""
 
@@ -58,7 +62,7 @@ class Authenticator(Protocol):
         """Raises Denied for "no", AuthenticatorFault if there is no answer. Cancelling it ends what it started."""
 
     async def reload(self) -> None:
-        """Reads anew what it was made from. Raises AuthenticatorConfigError; then everything stays as it was."""
+        """Reads anew what it has read. Raises AuthenticatorConfigError; then everything stays as it was."""
 
     async def close(self) -> None:
         """Gives back what it holds; nothing is asked any more."""

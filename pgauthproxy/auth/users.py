@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 
 from pgauthproxy.auth import users_file
-from pgauthproxy.auth.model import Denied, Question
+from pgauthproxy.auth.model import Denied, Question, UnknownUser
 from pgauthproxy.auth.users_file import NO_ITERATIONS, TlsFault, User, UsersFile
 from pgauthproxy.proto import scram
 from pgauthproxy.secret import Secret
@@ -63,7 +63,7 @@ class UsersAuthenticator:
         file = self._file
         user = file.users.get(started.user)
         if user is None:
-            raise Denied("the users file does not have this user", verifier=self._made_up(started.user, file))
+            raise UnknownUser("the users file does not have this user", verifier=self._made_up(started.user, file))
         if user.allow is not None and not user.allow.has(started.accepted.address):
             raise Denied("this user may not come from this address", verifier=user.verifier)
         if user.certificate is not None and (reason := _certificate_fault(user, started)):

@@ -14,7 +14,7 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 BoundedBytes = Annotated[int, Meta(ge=1, le=1 << 24)]
-Kind = Literal["command", "users"]
+Kind = Literal["command", "worker", "users", "chain"]
 Method = Literal["md5", "cleartext", "scram-sha-256", "cert"]
 TargetTlsMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
 Level = Literal["debug", "info", "warning", "error"]
@@ -37,12 +37,31 @@ class UsersSettings(_Settings, frozen=True):
     anew on SIGHUP."""
 
 
+class WorkersSettings(_Settings, frozen=True):
+    """The processes of the kind `worker`."""
+
+    min: Count = 1
+    """How many run at least."""
+    max: Annotated[int, Meta(ge=1, le=1024)] = msgspec.field(default_factory=_default_parallel)
+    """How many run at most. Each has one login in hand; other logins wait in order."""
+
+
+class CacheSettings(_Settings, frozen=True):
+    """Answers that are kept for as long as the authenticator says (`_META_CACHE_SECONDS`)."""
+
+    max_seconds: NotNegative = 300.0
+    """The longest that an answer is kept, whatever the authenticator says. 0: none is kept."""
+    max_entries: Count = 10_000
+    """How many are kept; the one that was used least lately goes first."""
+
+
 class AuthenticatorSettings(_Settings, frozen=True):
     """Who decides about logins."""
 
     kind: Kind | None = None
-    """What the authenticator is. Without it: what the other settings ask for, `command` if `cmd` is set, `users` if
-    `users.file` is."""
+    """What the authenticator is. `command`: `cmd` is run for each login. `worker`: `cmd` is kept running and answers
+    one login after the other. `users`: a file (docs/users.md). `chain`: those of `chain`. Without it: what the other
+    settings ask for, `command` if `cmd` is set, `users` if `users.file` is."""
     cmd: list[str] = []
     """The authenticator command: a list, or one string that is split as a shell would. No shell runs it."""
     env: list[str] | None = None
@@ -59,8 +78,13 @@ class AuthenticatorSettings(_Settings, frozen=True):
     """A secret from which the salts that refused users are shown are made, so that they stay the same. Without it they
     are made from `tls.key`, and where there is none they change with each start."""
     users: UsersSettings = UsersSettings()
+    workers: WorkersSettings = WorkersSettings()
+    chain: list["AuthenticatorSettings"] = []
+    """Several authenticators, each with settings of this section (but not `method` and what belongs to it): the first
+    that lets a client in decides, and one that fails ends the row."""
+    cache: CacheSettings = CacheSettings()
     timeout: Positive = 10.0
-    """How long the command may run. Then TERM goes to its process group."""
+    """How long the command may run, or a worker take to answer. Then TERM goes to its process group."""
     grace: NotNegative = 1.0
     """From TERM to KILL."""
     max_parallel: Annotated[int, Meta(ge=1, le=1024)] = msgspec.field(default_factory=_default_parallel)
@@ -71,6 +95,11 @@ class AuthenticatorSettings(_Settings, frozen=True):
     """Lines of output; more are an error."""
     max_errors: BoundedBytes = 65_536
     """Bytes of standard error that reach the log, in at most 256 lines; the rest is dropped."""
+
+    @property
+    def decided_kind(self) -> Kind | None:
+        """What the authenticator is; None if none is configured."""
+        return self.kind or ("chain" if self.chain else "command" if self.cmd else "users" if self.users.file else None)
 
 
 class CertificateSettings(_Settings, frozen=True):
@@ -205,18 +234,12 @@ class Settings(_Settings, frozen=True):
     """Longest message of a SCRAM exchange."""
 
     @property
-    def kind(self) -> Kind | None:
-        """What the authenticator is; None if none is configured."""
-        asked = self.authenticator
-        return asked.kind or ("command" if asked.cmd else "users" if asked.users.file else None)
-
-    @property
     def method(self) -> Method:
         """How clients prove who they are, in one word."""
         asked = self.authenticator
         if asked.cleartext_password:
             return asked.method or "cleartext"
-        return asked.method or ("scram-sha-256" if self.kind == "users" else "md5")
+        return asked.method or ("scram-sha-256" if asked.decided_kind == "users" else "md5")
 
     @property
     def tls_mode(self) -> str:
@@ -261,9 +284,13 @@ def all_keys(struct: type[msgspec.Struct] = Settings, prefix: str = "") -> Itera
 
 def in_force(settings: Settings, key: Key) -> object:
     """The value of one setting; where it is not set and something follows from that, what follows."""
-    following = {"authenticator.kind": "kind", "authenticator.method": "method", "tls.mode": "tls_mode"}
-    if key.path in following:
-        return getattr(settings, following[key.path])
+    match key.path:
+        case "authenticator.kind":
+            return settings.authenticator.decided_kind
+        case "authenticator.method":
+            return settings.method
+        case "tls.mode":
+            return settings.tls_mode
     value: object = settings
     for name in key.path.split("."):
         value = getattr(value, name)
@@ -274,15 +301,25 @@ def conflicts(settings: Settings) -> Iterator[str]:
     """What does not go together, a line each."""
     if settings.authenticator.cleartext_password and settings.authenticator.method not in (None, "cleartext"):
         yield f"authenticator.cleartext_password: contradicts authenticator.method {settings.authenticator.method}"
-    if settings.authenticator.kind is None and settings.authenticator.cmd and settings.authenticator.users.file:
-        yield "authenticator.kind: must say which, since authenticator.cmd and authenticator.users.file are both set"
-    if settings.kind == "users" and not settings.authenticator.users.file:
-        yield "authenticator.kind: users needs authenticator.users.file"
     if settings.tls_mode != "disable" and not settings.tls.cert:
         yield f"tls.mode: {settings.tls_mode} needs tls.cert and tls.key"
     if bool(settings.tls.cert) != bool(settings.tls.key):
         yield "tls.cert, tls.key: need each other"
     if settings.tls.client_cert != "none" and not settings.tls.client_ca:
         yield f"tls.client_cert: {settings.tls.client_cert} needs tls.client_ca"
+    yield from _authenticator_conflicts(settings.authenticator, "authenticator")
     if settings.method == "cert" and (settings.tls_mode == "disable" or settings.tls.client_cert == "none"):
         yield "authenticator.method: cert needs TLS, and tls.client_cert optional or require"
+
+
+def _authenticator_conflicts(asked: AuthenticatorSettings, section: str) -> Iterator[str]:
+    if asked.kind in ("command", "worker") and not asked.cmd:
+        yield f"{section}.kind: {asked.kind} needs cmd"
+    if asked.kind == "users" and not asked.users.file:
+        yield f"{section}.kind: users needs users.file"
+    if asked.kind is None and not asked.chain and asked.cmd and asked.users.file:
+        yield f"{section}.kind: must say which, since both cmd and users.file are set"
+    if asked.workers.max < asked.workers.min:
+        yield f"{section}.workers: max is less than min"
+    for number, link in enumerate(asked.chain, 1):
+        yield from _authenticator_conflicts(link, f"{section}.chain, {number}")

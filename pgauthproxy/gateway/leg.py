@@ -8,12 +8,12 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar, cast
+from typing import Final, TypeVar
 
 from pgauthproxy import _relay, _wire
 from pgauthproxy._tls import Channel
 from pgauthproxy.errors import Fault, TlsError
-from pgauthproxy.proto.steps import DeriveKey, Login, More, StartTls
+from pgauthproxy.proto.steps import MORE, DeriveKey, Login, StartTls
 from pgauthproxy.stages import Encryption
 
 T = TypeVar("T")
@@ -31,12 +31,16 @@ class Leg(asyncio.BufferedProtocol):
     so that handing over changes nothing but the protocol.
     """
 
+    # The loop looks for it, and not finding it is an exception each time.
+    data_received = None
+
     def __init__(self, connection: socket.socket, buffer: _relay.ForwardBuffer) -> None:
         self.framer = _wire.Framer({})
         self.fd = connection.fileno()
         self.tls: Channel | None = None
         self.at_eof = False
         self.error: Exception | None = None
+        self.shaking_hands = False
         self._connection = connection
         self._transport: asyncio.Transport | None = None
         self._unsent = b""
@@ -81,8 +85,7 @@ class Leg(asyncio.BufferedProtocol):
         return self._transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports have the interface without the class.
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = transport  # type: ignore[assignment]  # uvloop's have the interface without the class
 
     def get_buffer(self, size_hint: int) -> bytearray:
         return self._buffer.space
@@ -101,12 +104,16 @@ class Leg(asyncio.BufferedProtocol):
         """Feeds what the records say. False if the connection is of no use any more."""
         try:
             self.framer.feed(tls.decrypt(data))
+            output = tls.take_output()
+            if output and self._transport is not None and self._transport.get_write_buffer_size() > MAX_PENDING:
+                raise TlsError("the peer makes TLS talk and does not listen", b"")
         except TlsError as error:
             self.error = error
+            self._lost = True
             self._send(error.alert)
             self.abort()
             return False
-        if output := tls.take_output():
+        if output:
             self._send(output)
         if tls.finished:
             self.at_eof = True
@@ -142,10 +149,10 @@ class Leg(asyncio.BufferedProtocol):
             while True:
                 step = login.send(answer)
                 answer = None
-                if isinstance(step, bytes):
-                    self.send(step)
-                elif isinstance(step, More):
+                if step is MORE:
                     await self._more()
+                elif isinstance(step, bytes):
+                    self.send(step)
                 elif isinstance(step, StartTls):
                     answer = await self._start_tls(step)
                 else:
@@ -157,6 +164,7 @@ class Leg(asyncio.BufferedProtocol):
 
     async def _start_tls(self, step: StartTls) -> Encryption:
         """The handshake. What costs milliseconds of it runs in a thread, and nothing is read meanwhile."""
+        self.shaking_hands = True
         try:
             tls = step.side.open()
             output = tls.handshake(b"") if not self.framer.pending else b""
@@ -171,6 +179,7 @@ class Leg(asyncio.BufferedProtocol):
         except TlsError as error:
             self._send(error.alert)
             raise self.tls_fault(error) from None
+        self.shaking_hands = False
         self.tls = tls
         if not self._decrypt(tls, self.framer.take_rest()):
             raise self.gone_fault()

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from pgauthproxy import _relay
 from pgauthproxy.errors import (
@@ -48,7 +48,10 @@ class TargetLeg(Leg):
     plan: TlsPlan | None = None
 
     def gone_fault(self) -> Fault:
-        detail = f"target closed the connection during the login: {self.error or 'end of file'}"
+        how = self.error or "end of file"
+        if self.shaking_hands:
+            return TlsRefused(f"target closed the connection during the TLS handshake: {how}")
+        detail = f"target closed the connection during the login: {how}"
         return TargetFault(CONNECTION_FAILURE, "the target server closed the connection", detail)
 
     def tls_fault(self, error: TlsError) -> Fault:
@@ -87,17 +90,16 @@ class Targets:
         """
         attempt = _Attempt(self, granted)
         seconds = self.policy.login_timeout
+        # asyncio.timeout does it in three times as many steps.
+        deadline = asyncio.get_running_loop().call_later(seconds, attempt.expire, asyncio.current_task())
         try:
-            async with asyncio.timeout(seconds):
-                return await attempt.run()
-        except TimeoutError:
-            if attempt.connected:
-                raise TargetFault(
-                    CONNECTION_FAILURE,
-                    "the target server did not complete the login in time",
-                    f"no login in {seconds:g} s",
-                ) from None
-            raise _unreachable([f"no connection in {seconds:g} s", *attempt.failures]) from None
+            return await attempt.run()
+        except asyncio.CancelledError:
+            if not attempt.expired:
+                raise
+            raise attempt.too_late(seconds) from None
+        finally:
+            deadline.cancel()
 
     async def cancel(self, address: Address, plan: TlsPlan | None, key: bytes) -> None:
         """Sends a cancel request; returns once the target has closed, as it does when it has acted.
@@ -122,7 +124,20 @@ class _Attempt:
         self.failures: list[str] = []
         self._targets = targets
         self._granted = granted
+        self.expired = False
         self._not_now: TargetFault | None = None
+
+    def expire(self, task: "asyncio.Task[Any] | None") -> None:
+        """Ends the attempt, which is that task's, from outside."""
+        assert task is not None  # noqa: S101 (a coroutine runs in one)
+        self.expired = True
+        task.cancel()
+
+    def too_late(self, seconds: float) -> TargetFault:
+        if self.connected:
+            told = "the target server did not complete the login in time"
+            return TargetFault(CONNECTION_FAILURE, told, f"no login in {seconds:g} s")
+        return _unreachable([f"no connection in {seconds:g} s", *self.failures])
 
     async def run(self) -> tuple[Attached, TargetLeg]:
         for host in self._granted.mapping.hosts:

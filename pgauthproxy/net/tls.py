@@ -29,6 +29,7 @@ VERIFYING_MODES: Final = ("verify-ca", "verify-full")
 NEGOTIATIONS: Final = ("postgres", "direct")
 SYSTEM_ROOTS: Final = "system"
 HOST_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,255}")
+FIRST_CERTIFICATE: Final = re.compile(rb"-----BEGIN CERTIFICATE-----[\sA-Za-z0-9+/=]*-----END CERTIFICATE-----")
 MAX_KEPT: Final = 256
 K = TypeVar("K")
 V = TypeVar("V")
@@ -93,7 +94,7 @@ def binding_of(certificate: bytes) -> bytes:
 
     try:
         algorithm = x509.load_der_x509_certificate(certificate).signature_hash_algorithm
-    except (ValueError, exceptions.UnsupportedAlgorithm):
+    except (ValueError, x509.InvalidVersion, exceptions.UnsupportedAlgorithm):
         return b""
     if algorithm is None:
         return b""
@@ -116,7 +117,7 @@ def read_certificate(certificate: bytes) -> Certificate:
             names = x509.SubjectAlternativeName([])
         alternative_names = ",".join(filter(None, map(_alternative_name, names)))
         subject, issuer = found.subject.rfc4514_string(), found.issuer.rfc4514_string()
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
         raise TlsError(f"a certificate that cannot be read: {type(error).__name__}", b"") from None
     return Certificate(
         subject=_on_one_line(subject),
@@ -163,6 +164,15 @@ def describe(channel: Channel, binding: bytes, server_name: str) -> Encryption:
     )
 
 
+def _first_certificate(path: str) -> bytes:
+    """The first certificate of a file that OpenSSL has taken; DER."""
+    with open(path, "rb") as chain:
+        found = FIRST_CERTIFICATE.search(chain.read())
+    if found is None:
+        raise TlsConfigError(f"{path}: no certificate in the form that begins with -----BEGIN CERTIFICATE-----")
+    return ssl.PEM_cert_to_DER_cert(found[0].decode())
+
+
 class ClientSide:
     """TLS with clients: the gateway is the server."""
 
@@ -190,8 +200,8 @@ class ClientSide:
         context.minimum_version = VERSIONS[self._min_version]
         try:
             context.set_ciphers(self._ciphers)
-        except ssl.SSLError:
-            raise TlsConfigError(f"tls.ciphers: {self._ciphers}: no cipher of that name") from None
+        except (ssl.SSLError, ValueError):
+            raise TlsConfigError("tls.ciphers: no cipher of that name") from None
         context.set_alpn_protocols([APPLICATION_PROTOCOL])
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
         # libpq resumes nothing: TLS 1.3 spares the tickets. Those of TLS 1.2 stay, since without them OpenSSL would
@@ -201,11 +211,7 @@ class ClientSide:
         context.verify_mode = CLIENT_CERTIFICATES[self._client_cert]
         if self._client_ca:
             load_authorities(context, self._client_ca)
-        with open(files.cert) as chain:
-            pem = chain.read()
-        end = "-----END CERTIFICATE-----"
-        leaf = pem[pem.index("-----BEGIN CERTIFICATE-----") : pem.index(end) + len(end)]
-        self._bindings[context] = binding_of(ssl.PEM_cert_to_DER_cert(leaf))
+        self._bindings[context] = binding_of(_first_certificate(files.cert))
         return context
 
     def _chosen_by_name(self, connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> int | None:
@@ -314,6 +320,7 @@ class TargetContexts:
 
 def _keep(kept: dict[K, V], key: K, value: V) -> None:
     """Keeps it; the oldest goes when there are too many."""
+    kept.pop(key, None)
     if len(kept) >= MAX_KEPT:
         kept.pop(next(iter(kept)))
     kept[key] = value

@@ -10,16 +10,18 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
-    "errors secret stages events",
-    "_wire _digest _relay _spawn",
-    "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_login",
-    "auth.model auth.fields auth.command",
-    "net.listen net.dial",
-    "gateway.limits gateway.salted_keys",
-    "gateway.leg gateway.client_leg gateway.target_leg gateway.cancel gateway.session",
+    "errors secret private_file stages events",
+    "_wire _digest _tls _relay _spawn",
+    "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_tls proto.target_login",
+    "auth.model auth.fields auth.references auth.targets",
+    "auth.yaml_lines auth.networks auth.certificates auth.users_file auth.users",
+    "auth.command auth.worker_process auth.worker auth.chain auth.cache",
+    "net.sockets net.listen net.dial net.tls",
+    "gateway.limits gateway.salted_keys gateway.paused",
+    "gateway.leg gateway.client_leg gateway.admission gateway.target_leg gateway.cancel gateway.session",
     "ops.log",
     "config.schema config.load config.reference",
-    "build worker",
+    "build worker trial",
     "throwaway demo",
     "cli __main__",
 ]
