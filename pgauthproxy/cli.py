@@ -205,7 +205,8 @@ def hash_password(user: str, md5: bool, iterations: int) -> None:
 def read_password(*, confirm: bool) -> bytes:
     """A password from the terminal, without echo, or the first line of standard input."""
     if sys.stdin.isatty():
-        typed: str = click.prompt("Password", hide_input=True, confirmation_prompt=confirm)
+        # What is said of two that differ must not get into what is printed.
+        typed: str = click.prompt("Password", hide_input=True, confirmation_prompt=confirm, err=True)
         password = typed.encode(errors="surrogateescape")
     else:
         password = sys.stdin.buffer.readline().removesuffix(b"\n").removesuffix(b"\r")

@@ -60,7 +60,9 @@ class Leg(asyncio.BufferedProtocol):
 
     def _send(self, data: bytes) -> None:
         if self._transport is not None:
-            self._transport.write(data)
+            # It may have been lost while a thread was at work.
+            if not self._transport.is_closing():
+                self._transport.write(data)
             return
         sent = 0
         if not self._unsent:

@@ -5,6 +5,7 @@ Keys that others may read are refused, as PostgreSQL refuses them.
 """
 
 import asyncio
+import base64
 import functools
 import hashlib
 import os
@@ -12,6 +13,7 @@ import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from pgauthproxy import private_file
@@ -29,7 +31,7 @@ VERIFYING_MODES: Final = ("verify-ca", "verify-full")
 NEGOTIATIONS: Final = ("postgres", "direct")
 SYSTEM_ROOTS: Final = "system"
 HOST_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,255}")
-FIRST_CERTIFICATE: Final = re.compile(rb"-----BEGIN CERTIFICATE-----[\sA-Za-z0-9+/=]*-----END CERTIFICATE-----")
+PEM_CERTIFICATE: Final = re.compile(rb"-----BEGIN (?:X509 )?CERTIFICATE-----(.+?)-----END ", re.DOTALL)
 MAX_KEPT: Final = 256
 K = TypeVar("K")
 V = TypeVar("V")
@@ -50,16 +52,16 @@ class CertificateFiles:
 def load_certificate(context: ssl.SSLContext, files: CertificateFiles) -> None:
     """Raises TlsConfigError."""
     check_key_file(files.key)
+
+    def refuse_to_ask() -> str:
+        raise TlsConfigError(f"{files.key}: is encrypted, and nobody is there to be asked for its password")
+
     try:
-        context.load_cert_chain(files.cert, files.key, password=_refuse_password)
+        context.load_cert_chain(files.cert, files.key, password=refuse_to_ask)
     except ssl.SSLError as error:
         raise TlsConfigError(f"{files.cert}, {files.key}: not a certificate and its key: {error.reason}") from None
     except OSError as error:
         raise TlsConfigError(f"{files.cert}: {error.strerror}") from None
-
-
-def _refuse_password() -> str:
-    raise TlsConfigError("the key is encrypted, and nobody is there to be asked for its password")
 
 
 def check_key_file(path: str) -> None:
@@ -165,12 +167,11 @@ def describe(channel: Channel, binding: bytes, server_name: str) -> Encryption:
 
 
 def _first_certificate(path: str) -> bytes:
-    """The first certificate of a file that OpenSSL has taken; DER."""
-    with open(path, "rb") as chain:
-        found = FIRST_CERTIFICATE.search(chain.read())
+    """The gateway's own certificate (DER): the first of a file that OpenSSL has taken, whatever stands round it."""
+    found = PEM_CERTIFICATE.search(Path(path).read_bytes())
     if found is None:
         raise TlsConfigError(f"{path}: no certificate in the form that begins with -----BEGIN CERTIFICATE-----")
-    return ssl.PEM_cert_to_DER_cert(found[0].decode())
+    return base64.b64decode(found[1])
 
 
 class ClientSide:
@@ -201,7 +202,7 @@ class ClientSide:
         try:
             context.set_ciphers(self._ciphers)
         except (ssl.SSLError, ValueError):
-            raise TlsConfigError("tls.ciphers: no cipher of that name") from None
+            raise TlsConfigError(f"tls.ciphers: {self._ciphers}: no cipher of that name") from None
         context.set_alpn_protocols([APPLICATION_PROTOCOL])
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
         # libpq resumes nothing: TLS 1.3 spares the tickets. Those of TLS 1.2 stay, since without them OpenSSL would

@@ -163,7 +163,7 @@ def test_a_key_with_a_password_asks_nobody(tmp_path: Path) -> None:
         serialization.BestAvailableEncryption(b"hunter2"),
     )
     Path(files.key).write_bytes(encrypted)
-    with pytest.raises(TlsConfigError, match="the key is encrypted, and nobody is there to be asked"):
+    with pytest.raises(TlsConfigError, match="is encrypted, and nobody is there to be asked"):
         client_side(files)
 
 
@@ -187,7 +187,7 @@ def test_a_certificate_in_another_form_is_named_and_not_a_crash(tmp_path: Path) 
 
 @pytest.mark.parametrize("ciphers", ["", "NONSENSE", "ECDHE+NONSENSE", "\udcff", "a\0b"])
 def test_ciphers_that_nobody_knows_are_told(tmp_path: Path, ciphers: str) -> None:
-    with pytest.raises(TlsConfigError, match=r"^tls\.ciphers: no cipher of that name$"):
+    with pytest.raises(TlsConfigError, match=r"^tls\.ciphers: .*: no cipher of that name$"):
         client_side(issued(tmp_path), ciphers=ciphers)
 
 

@@ -655,9 +655,7 @@ def test_control_characters_of_a_name_reach_no_terminal(faults: Faults) -> None:
 
 @pytest.mark.parametrize("mode", [0o604, 0o602, 0o660, 0o620, 0o777])
 def test_a_file_that_others_may_read_or_write_is_refused(faults: Faults, mode: int) -> None:
-    assert faults(alice(), mode=mode) == [
-        "others may read it; it must have mode 0600, or 0640 if root owns it"
-    ]
+    assert faults(alice(), mode=mode) == ["others may read it; it must have mode 0600, or 0640 if root owns it"]
 
 
 @pytest.mark.parametrize(
