@@ -4,9 +4,7 @@ A file is read whole or not at all: what is wrong in it is found all at once, ea
 shows a secret. Many users share a few targets, lists of networks and sets of databases, so these are made once.
 """
 
-import gc
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -80,7 +78,7 @@ class UsersFile(msgspec.Struct, frozen=True):
 def read(path: Path, method: str, tls_fault: TlsFault, give_way: GiveWay) -> UsersFile:
     """Reads the file for a method of clients to prove themselves. Raises AuthenticatorConfigError with all faults."""
     try:
-        with _uncollected():
+        with yaml_lines.uncollected():
             found, faults = parse(private_file.read(path), method, tls_fault, give_way)
     except PrivateFileError as error:
         raise AuthenticatorConfigError(f"{path}: {error}") from None
@@ -98,18 +96,6 @@ def let_go(file: UsersFile, give_way: GiveWay) -> None:
         file.users.popitem()
         if len(file.users) % USERS_BETWEEN == 0:
             give_way()
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage is looked for meanwhile: there is none, and each look would stop everybody for milliseconds."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def parse(content: bytes, method: str, tls_fault: TlsFault, give_way: GiveWay) -> tuple[UsersFile | None, list[Fault]]:
