@@ -61,9 +61,11 @@ class UsersAuthenticator:
     async def ask(self, question: Question) -> Mapping:
         started = question.started
         file = self._file
+        # For everybody, so that it does not take longer for those who do not exist.
+        made_up = self._made_up(started.user, file)
         user = file.users.get(started.user)
         if user is None:
-            raise UnknownUser("the users file does not have this user", verifier=self._made_up(started.user, file))
+            raise UnknownUser("the users file does not have this user", verifier=made_up)
         if user.allow is not None and not user.allow.has(started.accepted.address):
             raise Denied("this user may not come from this address", verifier=user.verifier)
         if user.certificate is not None and (reason := _certificate_fault(user, started)):
