@@ -58,7 +58,7 @@ def _of_kind(settings: Settings, whole: Settings, sink: Sink) -> Authenticator:
         case "chain":
             return _chain(settings, sink)
         case None:
-            raise AuthenticatorConfigError("authenticator.cmd, authenticator.users.file: neither is set")
+            raise AuthenticatorConfigError("authenticator.cmd: no authenticator is configured")
 
 
 def _chain(settings: Settings, sink: Sink) -> ChainAuthenticator:
@@ -202,7 +202,7 @@ def _made_up_from(settings: Settings) -> Secret:
     """The secret that the salts of refused users are made from: as stable as the operator has made it."""
     if settings.authenticator.scram_seed:
         return Secret(settings.authenticator.scram_seed.encode())
-    if settings.tls.key:
+    if settings.tls_mode != "disable":
         # What is wrong with the key is told where TLS is set up with it.
         with contextlib.suppress(OSError):
             return Secret(hashlib.sha256(Path(settings.tls.key).read_bytes()).digest())

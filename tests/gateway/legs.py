@@ -76,6 +76,15 @@ async def until_it_waits() -> None:
         await asyncio.sleep(0)
 
 
+async def until(condition: Callable[[], object], what: str) -> None:
+    """Returns once it holds; something may have to be done in a thread until then."""
+    for _ in range(SECONDS * 1000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError(f"waited for {what}")
+
+
 def one_message(framer: _wire.Framer) -> Login[bytes]:
     """A login of one message, answered."""
     framer.allow({messages.PASSWORD_MESSAGE: 1000})

@@ -42,18 +42,10 @@ from tests.gateway.legs import (
     both_ends,
     one_message,
     terms,
+    until,
     until_it_waits,
 )
 from tests.sans_io import TLS, encrypted
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    """Returns once it holds; something may have to be done in a thread until then."""
-    for _ in range(SECONDS * 1000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError(f"waited for {what}")
 
 
 @pytest.fixture
