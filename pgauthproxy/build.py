@@ -1,5 +1,6 @@
 """The one place where the parts are put together: settings in, a gateway out."""
 
+import contextlib
 import hashlib
 import secrets
 from pathlib import Path
@@ -11,10 +12,13 @@ from pgauthproxy.auth.cache import CachedAuthenticator
 from pgauthproxy.auth.chain import ChainAuthenticator
 from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits, SaidSink
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
+from pgauthproxy.auth.users import UsersAuthenticator, UsersPolicy
+from pgauthproxy.auth.users_file import TlsFault
 from pgauthproxy.auth.worker import WorkerAuthenticator, WorkerLimits
 from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
-from pgauthproxy.events import AuthenticatorSaid, Sink, ignore
+from pgauthproxy.errors import AuthenticatorFault
+from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
@@ -38,14 +42,17 @@ def tcp_options(settings: Settings) -> TcpOptions:
 def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     """The authenticator that the settings ask for, not started yet. Raises AuthenticatorConfigError."""
     cache = settings.authenticator.cache
-    found = _of_kind(settings, sink)
+    found = _of_kind(settings, settings, sink)
     return CachedAuthenticator(found, cache.max_seconds, cache.max_entries) if cache.max_seconds else found
 
 
-def _of_kind(settings: Settings, sink: Sink) -> Authenticator:
+def _of_kind(settings: Settings, whole: Settings, sink: Sink) -> Authenticator:
+    """What these settings ask for; how clients prove themselves stands in the whole ones."""
     match settings.authenticator.decided_kind:
         case "command":
             return _command(settings, sink)
+        case "users":
+            return _users(settings, whole, sink)
         case "worker":
             return _worker(settings, sink)
         case "chain":
@@ -56,12 +63,15 @@ def _of_kind(settings: Settings, sink: Sink) -> Authenticator:
 
 def _chain(settings: Settings, sink: Sink) -> ChainAuthenticator:
     links: list[tuple[str, Authenticator]] = []
+    faults: list[str] = []
     for number, link in enumerate(settings.authenticator.chain, 1):
         alone = msgspec.structs.replace(settings, authenticator=link)
         try:
-            links.append((f"{number} ({link.decided_kind})", _of_kind(alone, sink)))
+            links.append((f"{number} ({link.decided_kind})", _of_kind(alone, settings, sink)))
         except AuthenticatorConfigError as error:
-            raise AuthenticatorConfigError(f"authenticator.chain, {number}: {error}") from None
+            faults += (f"authenticator.chain, {number}: {fault}" for fault in error.faults)
+    if faults:
+        raise AuthenticatorConfigError(*faults)
     return ChainAuthenticator(links)
 
 
@@ -94,6 +104,30 @@ def _worker(settings: Settings, sink: Sink) -> WorkerAuthenticator:
 def _said(sink: Sink) -> SaidSink:
     """Passes on what an authenticator's process writes to its standard error."""
     return lambda session, lines, dropped: sink(AuthenticatorSaid(session, lines, dropped))
+
+
+def _users(settings: Settings, whole: Settings, sink: Sink) -> UsersAuthenticator:
+    return UsersAuthenticator(
+        Path(settings.authenticator.users.file),
+        UsersPolicy(whole.method, _made_up_from(whole), whole.authenticator.scram_iterations),
+        fault_of_targets(whole),
+        lambda level, what, facts: sink(Noticed(level, what, facts)),
+    )
+
+
+def fault_of_targets(settings: Settings) -> TlsFault:
+    """Says what is wrong with a target's own TLS settings, on top of the configuration's; reads the files they name."""
+
+    def fault(wishes: tuple[tuple[str, str], ...]) -> str | None:
+        try:
+            build_target_context(resolve(target_tls(settings), wishes))
+        except AuthenticatorFault as error:
+            return error.detail
+        except TlsConfigError as error:
+            return str(error)
+        return None
+
+    return fault
 
 
 def build_targets(settings: Settings) -> Targets:
@@ -148,7 +182,7 @@ def build_client_tls(settings: Settings) -> ClientSide | None:
     )
 
 
-def build_admission(settings: Settings, sink: Sink) -> Admission:
+def build_admission(settings: Settings, authenticator: Authenticator) -> Admission:
     """How clients are let in."""
     policy = ClientPolicy(
         method=settings.method,
@@ -158,7 +192,7 @@ def build_admission(settings: Settings, sink: Sink) -> Admission:
         tls_required=settings.tls_mode == "require",
     )
     return Admission(
-        authenticator=build_authenticator(settings, sink),
+        authenticator=authenticator,
         policy=policy,
         seed=_made_up_from(settings),
         scram_iterations=settings.authenticator.scram_iterations,
@@ -170,22 +204,27 @@ def _made_up_from(settings: Settings) -> Secret:
     if settings.authenticator.scram_seed:
         return Secret(settings.authenticator.scram_seed.encode())
     if settings.tls_mode != "disable":
-        return Secret(hashlib.sha256(Path(settings.tls.key).read_bytes()).digest())
+        # What is wrong with the key is told where TLS is set up with it.
+        with contextlib.suppress(OSError):
+            return Secret(hashlib.sha256(Path(settings.tls.key).read_bytes()).digest())
     return Secret(secrets.token_bytes(32))
 
 
-def faults_of(settings: Settings) -> list[str]:
-    """What the settings ask for and the machine does not have, a line each."""
-    faults = []
+def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[str]]:
+    """The authenticator, which may be long to read, and what the settings ask for and the machine does not have.
+
+    Faults are a line each; the sink gets what is only to be noted.
+    """
+    authenticator, faults = None, []
     for text in settings.listen:
         try:
             parse_listen(text)
         except ListenError as error:
             faults.append(str(error))
     try:
-        build_authenticator(settings, ignore)
+        authenticator = build_authenticator(settings, sink)
     except AuthenticatorConfigError as error:
-        faults.append(str(error))
+        faults += error.faults
     try:
         build_client_tls(settings)
     except TlsConfigError as error:
@@ -194,14 +233,14 @@ def faults_of(settings: Settings) -> list[str]:
         check_target_tls(settings)
     except TlsConfigError as error:
         faults.append(f"target.tls: {error}")
-    return faults
+    return authenticator, faults
 
 
-def build_gateway(settings: Settings, sink: Sink) -> Gateway:
+def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) -> Gateway:
     """A gateway that serves nobody yet. Raises TlsConfigError."""
     targets = build_targets(settings)
     return Gateway(
-        admission=build_admission(settings, sink),
+        admission=build_admission(settings, authenticator),
         client_tls=build_client_tls(settings),
         targets=targets,
         paused=PausedClients(targets.buffer),

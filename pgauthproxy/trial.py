@@ -1,6 +1,5 @@
 """`pgauthproxy auth`: one login, without a client, to see what the authenticator says to it."""
 
-import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import uvloop
 from pgauthproxy._digest import md5_answer, md5_password
 from pgauthproxy.auth import fields
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError, Question
-from pgauthproxy.build import build_admission, build_targets
+from pgauthproxy.build import build_admission, build_authenticator, build_targets
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import ClientFault, Fault, wrong_password
 from pgauthproxy.events import AuthenticatorSaid, Event
@@ -130,8 +129,7 @@ async def _try(settings: Settings, login: Login, say: Say) -> int:
     parameters = ((b"user", login.user), (b"database", login.database), *login.parameters)
     started = Started(Accepted(SESSION, ADDRESS), parameters)
     try:
-        admission = build_admission(settings, hear)
-        admission = dataclasses.replace(admission, authenticator=_Telling(admission.authenticator, say))
+        admission = build_admission(settings, _Telling(build_authenticator(settings, hear), say))
         await admission.authenticator.start()
     except AuthenticatorConfigError as error:
         say(f"broken: {error}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pgauthproxy.auth.model import Authenticator, Denied, Question
+from pgauthproxy.auth.model import Authenticator, Denied, Question, UnknownUser
 from pgauthproxy.stages import Mapping
 
 
@@ -24,14 +24,19 @@ class ChainAuthenticator:
 
     async def ask(self, question: Question) -> Mapping:
         reasons = []
-        told = None
+        told = verifier = made_up = None
         for name, link in self._links:
             try:
                 return await link.ask(question)
             except Denied as denied:
                 reasons.append(f"{name}: {denied.reason}")
                 told = denied.told or told
-        raise Denied("; ".join(reasons), told)
+                # A user whom one link knows is held to their own, whatever others make up.
+                if isinstance(denied, UnknownUser):
+                    made_up = made_up or denied.verifier
+                else:
+                    verifier = verifier or denied.verifier
+        raise Denied("; ".join(reasons), told, verifier or made_up)
 
     async def reload(self) -> None:
         for _, link in self._links:

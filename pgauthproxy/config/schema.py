@@ -14,7 +14,7 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 BoundedBytes = Annotated[int, Meta(ge=1, le=1 << 24)]
-Kind = Literal["command", "worker", "chain"]
+Kind = Literal["command", "worker", "users", "chain"]
 Method = Literal["md5", "cleartext", "scram-sha-256", "cert"]
 TargetTlsMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
 Level = Literal["debug", "info", "warning", "error"]
@@ -27,6 +27,14 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def _default_parallel() -> int:
     """2 for each core, at least 8"""
     return max(8, 2 * (os.cpu_count() or 1))
+
+
+class UsersSettings(_Settings, frozen=True):
+    """The kind `users`."""
+
+    file: str = ""
+    """A YAML file with users and the targets that they are mapped to (docs/users.md), with a mode as `tls.key`. Read
+    anew on SIGHUP."""
 
 
 class WorkersSettings(_Settings, frozen=True):
@@ -52,16 +60,16 @@ class AuthenticatorSettings(_Settings, frozen=True):
 
     kind: Kind | None = None
     """What the authenticator is. `command`: `cmd` is run for each login. `worker`: `cmd` is kept running and answers
-    one login after the other. `chain`: those of `chain`. Without it: what the other settings ask for, `command` if
-    `cmd` is set."""
+    one login after the other. `users`: a file (docs/users.md). `chain`: those of `chain`. Without it: what the other
+    settings ask for, `command` if `cmd` is set, `users` if `users.file` is."""
     cmd: list[str] = []
     """The authenticator command: a list, or one string that is split as a shell would. No shell runs it."""
     env: list[str] | None = None
     """Names of the environment variables that the command gets. Without it: all of the gateway's."""
     method: Method | None = None
-    """How clients prove who they are. `md5` (the default): a salted MD5 of the password, which the authenticator
-    judges. `cleartext`: the password as it is. `scram-sha-256`: the authenticator gives a verifier, the gateway
-    compares. `cert`: by a client certificate alone."""
+    """How clients prove who they are. `md5`: a salted MD5 of the password, which the authenticator judges.
+    `cleartext`: the password as it is. `scram-sha-256`: the authenticator gives a verifier, the gateway compares.
+    `cert`: by a client certificate alone. Without it: `scram-sha-256` with the kind `users`, else `md5`."""
     cleartext_password: bool = False
     """The old way to say `method: cleartext`."""
     scram_iterations: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
@@ -69,6 +77,7 @@ class AuthenticatorSettings(_Settings, frozen=True):
     scram_seed: str = ""
     """A secret from which the salts that refused users are shown are made, so that they stay the same. Without it they
     are made from `tls.key`, and where there is none they change with each start."""
+    users: UsersSettings = UsersSettings()
     workers: WorkersSettings = WorkersSettings()
     chain: list["AuthenticatorSettings"] = []
     """Several authenticators, each with settings of this section (but not `method` and what belongs to it): the first
@@ -90,7 +99,7 @@ class AuthenticatorSettings(_Settings, frozen=True):
     @property
     def decided_kind(self) -> Kind | None:
         """What the authenticator is; None if none is configured."""
-        return self.kind or ("chain" if self.chain else "command" if self.cmd else None)
+        return self.kind or ("chain" if self.chain else "command" if self.cmd else "users" if self.users.file else None)
 
 
 class CertificateSettings(_Settings, frozen=True):
@@ -237,7 +246,9 @@ class Settings(_Settings, frozen=True):
     def method(self) -> Method:
         """How clients prove who they are, in one word."""
         asked = self.authenticator
-        return asked.method or ("cleartext" if asked.cleartext_password else "md5")
+        if asked.cleartext_password:
+            return asked.method or "cleartext"
+        return asked.method or ("scram-sha-256" if asked.decided_kind == "users" else "md5")
 
     @property
     def tls_mode(self) -> str:
@@ -315,6 +326,10 @@ def conflicts(settings: Settings) -> Iterator[str]:
 def _authenticator_conflicts(asked: AuthenticatorSettings, section: str) -> Iterator[str]:
     if asked.kind in ("command", "worker") and not asked.cmd:
         yield f"{section}.kind: {asked.kind} needs cmd"
+    if asked.kind == "users" and not asked.users.file:
+        yield f"{section}.kind: users needs users.file"
+    if asked.kind is None and not asked.chain and asked.cmd and asked.users.file:
+        yield f"{section}.kind: must say which, since both cmd and users.file are set"
     if asked.workers.max < asked.workers.min:
         yield f"{section}.workers: max is less than min"
     for number, link in enumerate(asked.chain, 1):

@@ -7,6 +7,7 @@ authenticator refuses goes through the same exchange, and fails at its end.
 """
 
 import asyncio
+import contextlib
 import hmac
 import time
 from collections.abc import Callable
@@ -64,7 +65,13 @@ class Admission:
     async def _by_password(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         proof = await client.receive_password(started, self.policy)
         client.watch(client_left)
-        mapping, seconds = await self._ask(Question(started, proof.method, proof.answer, proof.salt))
+        try:
+            mapping, seconds = await self._ask(Question(started, proof.method, proof.answer, proof.salt))
+        except Denied as denied:
+            if denied.verifier is not None:
+                with contextlib.suppress(ClientFault):
+                    await _compare(started, denied.verifier.reveal(), proof)
+            raise
         if mapping.verifier is not None:
             await _compare(started, mapping.verifier.reveal(), proof)
         return _grant(started, mapping, Password(proof.answer) if proof.method == "cleartext" else None, seconds)
@@ -80,8 +87,8 @@ class Admission:
         client.watch(client_left)
         try:
             mapping, seconds = await self._ask(Question(started, self.policy.method))
-        except Denied:
-            await self._fail_by_scram(started, client)
+        except Denied as denied:
+            await self._fail_by_scram(started, client, denied.verifier)
             raise
         verifier = scram.Verifier.parse(mapping.verifier.reveal()) if mapping.verifier is not None else None
         if verifier is None:
@@ -90,9 +97,13 @@ class Admission:
         proved = ProvedKeys(Secret(keys.client), Secret(keys.server), verifier.salt, verifier.iterations)
         return _grant(started, mapping, proved, seconds)
 
-    async def _fail_by_scram(self, started: Started, client: Client) -> None:
+    async def _fail_by_scram(self, started: Started, client: Client, like: Secret | None) -> None:
         """The same exchange as for anybody, so that nobody learns who exists, with a verifier that nothing fits."""
-        verifier = scram.Verifier.made_up(started.user, self.seed.reveal(), self.scram_iterations)
+        given = scram.Verifier.parse(like.reveal()) if like is not None else None
+        if given is not None:
+            verifier = given.unfitting()
+        else:
+            verifier = scram.Verifier.made_up(started.user, self.seed.reveal(), self.scram_iterations)
         try:
             await client.receive_scram(started, verifier, self.policy)
         except ClientFault as fault:

@@ -11,12 +11,12 @@ import hashlib
 import os
 import re
 import ssl
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from pgauthproxy import private_file
 from pgauthproxy._tls import Channel
 from pgauthproxy.errors import AuthenticatorFault, TlsError
 from pgauthproxy.proto.steps import TlsPlan
@@ -67,18 +67,13 @@ def load_certificate(context: ssl.SSLContext, files: CertificateFiles) -> None:
 
 
 def check_key_file(path: str) -> None:
-    """Refuses a key that others may read, in libpq's terms: 0600, or 0640 if root owns it. Raises TlsConfigError."""
+    """Refuses a key that others may read. Raises TlsConfigError."""
     try:
-        found = os.stat(path)
+        private_file.check(os.stat(path))
     except OSError as error:
         raise TlsConfigError(f"{path}: {error.strerror}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise TlsConfigError(f"{path}: not a regular file")
-    if found.st_uid not in (0, os.geteuid()):
-        raise TlsConfigError(f"{path}: must belong to root or to the gateway's user")
-    too_open = stat.S_IWGRP | stat.S_IXGRP | stat.S_IRWXO if found.st_uid == 0 else stat.S_IRWXG | stat.S_IRWXO
-    if found.st_mode & too_open:
-        raise TlsConfigError(f"{path}: others may read it; it must have mode 0600, or 0640 if root owns it")
+    except private_file.PrivateFileError as error:
+        raise TlsConfigError(f"{path}: {error}") from None
 
 
 def load_authorities(context: ssl.SSLContext, path: str) -> None:

@@ -339,3 +339,40 @@ def test_an_authenticator_that_fails_is_no_no(admit: Admit, method: str) -> None
     fault, _ = admit(method, Deciding(AuthenticatorFault("it took too long")), talks=method != "scram-sha-256")
     assert isinstance(fault, AuthenticatorFault)
     assert fault.sqlstate == "58000"
+
+
+@pytest.mark.parametrize("password", [PASSWORD, b"wrong"])
+def test_a_refused_user_is_shown_their_own_salt_and_never_that_the_password_is_right(
+    admit: Admit, password: bytes
+) -> None:
+    verifier = Verifier.of(PASSWORD, b"another salt....", ITERATIONS + 1)
+    denied = Deciding(Denied("not from there", verifier=Secret(verifier.text())))
+    outcome, shown = admit("scram-sha-256", denied, password)
+    assert isinstance(outcome, ClientFault)
+    assert (outcome.sqlstate, outcome.told) == ("28P01", b'password authentication failed for user "alice"')
+    assert outcome.detail == "not from there"
+    _, let_in_shown = admit("scram-sha-256", Deciding(mapped(verifier=verifier.text())))
+    assert shown == let_in_shown
+
+
+@pytest.mark.parametrize("password", [PASSWORD, b"wrong"])
+@pytest.mark.parametrize(
+    ("method", "verifier", "derived"),
+    [("md5", HASH, 0), ("cleartext", HASH, 0), ("cleartext", VERIFIER.text(), 1)],
+    ids=["md5", "cleartext, hash", "cleartext, verifier"],
+)
+def test_a_refused_users_answer_is_compared_for_nothing(
+    admit: Admit, monkeypatch: pytest.MonkeyPatch, method: str, verifier: bytes, derived: int, password: bytes
+) -> None:
+    salts = []
+
+    def salted_password(secret: bytes, salt: bytes, iterations: int) -> bytes:
+        salts.append(salt)
+        return derive(secret, salt, iterations)
+
+    derive = scram.salted_password
+    monkeypatch.setattr(scram, "salted_password", salted_password)
+    outcome, _ = admit(method, Deciding(Denied("not from there", verifier=Secret(verifier))), password)
+    assert isinstance(outcome, ClientFault)
+    assert (outcome.sqlstate, outcome.detail) == ("28P01", "not from there")
+    assert salts == [SALT] * derived

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pty
 import re
-import select
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +14,7 @@ import pytest
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS
-from tests.system.conftest import MODULE, answering_gateway, environment
+from tests.system.conftest import MODULE, Terminal, answering_gateway, environment
 from tests.tls import HOST
 
 COMMAND = [*MODULE, "hash-password"]
@@ -210,51 +206,8 @@ def test_it_needs_no_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
 # At a terminal
 
 
-class Terminal:
-    """The command at a terminal; `shown` is all that stood there. What it prints elsewhere is `printed`."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.master, slave = pty.openpty()
-        # Its own terminal, as far as it knows: only then Ctrl-C means something there.
-        self.process = subprocess.Popen(
-            ["setsid", "--ctty", "--wait", *COMMAND, *arguments],
-            stdin=slave,
-            stdout=subprocess.PIPE,
-            stderr=slave,
-            env=environment,
-        )
-        os.close(slave)
-        self.shown = b""
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-        os.close(self.master)
-
-    def wait_for(self, words: bytes, count: int = 1) -> None:
-        deadline = time.monotonic() + WAIT_SECONDS
-        while self.shown.count(words) < count:
-            assert select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0], self.shown
-            self.shown += os.read(self.master, 65536)
-
-    def type(self, words: bytes) -> None:
-        os.write(self.master, words)
-
-    def finish(self) -> tuple[int, bytes]:
-        """Its exit status, and what it printed; all that it showed is there then."""
-        printed, _ = self.process.communicate(timeout=WAIT_SECONDS)
-        # A terminal that nobody writes to any more ends in an error.
-        with contextlib.suppress(OSError):
-            while select.select([self.master], [], [], 0)[0] and (more := os.read(self.master, 65536)):
-                self.shown += more
-        return self.process.returncode, printed
-
-
 def test_at_a_terminal_the_password_is_asked_for_twice_and_not_shown(role: Role) -> None:
-    with Terminal() as terminal:
+    with Terminal("hash-password") as terminal:
         terminal.wait_for(b"Password")
         terminal.type(b"a secret\n")
         terminal.wait_for(b"confirmation: ")
@@ -268,7 +221,7 @@ def test_at_a_terminal_the_password_is_asked_for_twice_and_not_shown(role: Role)
 
 
 def test_at_a_terminal_two_that_differ_are_asked_for_again() -> None:
-    with Terminal() as terminal:
+    with Terminal("hash-password") as terminal:
         for count, (once, twice) in enumerate([(b"first\n", b"second\n"), (b"third\n", b"third\n")], 1):
             terminal.wait_for(b"Password: ", count)
             terminal.type(once)
@@ -283,7 +236,7 @@ def test_at_a_terminal_two_that_differ_are_asked_for_again() -> None:
 
 
 def test_at_a_terminal_it_can_be_broken_off() -> None:
-    with Terminal() as terminal:
+    with Terminal("hash-password") as terminal:
         terminal.wait_for(b"Password")
         terminal.type(b"half a sec\x03")
         status, printed = terminal.finish()

@@ -16,6 +16,7 @@ from pgauthproxy.config.schema import (
     TargetTlsSettings,
     TlsSettings,
 )
+from pgauthproxy.events import ignore
 from pgauthproxy.proto import messages
 from pgauthproxy.stages import TargetTls
 from tests.channels import NAME, authority
@@ -35,7 +36,7 @@ def files(tmp_path: Path) -> dict[str, Any]:
 
 
 def faults(**settings: Any) -> list[str]:
-    return build.faults_of(Settings(**{"authenticator": AUTHENTICATOR} | settings))
+    return build.examine(Settings(**{"authenticator": AUTHENTICATOR} | settings), ignore)[1]
 
 
 def test_what_can_be_had_has_no_fault(files: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ import asyncio
 import pytest
 
 from pgauthproxy.auth.chain import ChainAuthenticator
-from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Question
+from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Question, UnknownUser
 from pgauthproxy.errors import AuthenticatorFault
+from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Accepted, Address, Mapping, Started
 
 QUESTION = Question(Started(Accepted("1", "[local]"), ((b"user", b"alice"),)), "md5")
@@ -64,6 +65,18 @@ def test_where_all_refuse_the_log_gets_every_reason_and_the_client_the_last_word
         asyncio.run(chain(*links).ask(QUESTION))
     assert raised.value.reason == "1 (link): no such user; 2 (link): expired; 3 (link): unknown"
     assert raised.value.told == b"last word"
+
+
+@pytest.mark.parametrize("known_first", [True, False])
+def test_a_user_whom_one_knows_is_held_to_their_own_verifier(known_first: bool) -> None:
+    known = Link(Denied("not from there", verifier=Secret(b"their own")))
+    links = [Link(Denied("no")), Link(UnknownUser("nobody", verifier=Secret(b"made up")))]
+    with pytest.raises(Denied) as raised:
+        asyncio.run(chain(*([known, *links] if known_first else [*links, known])).ask(QUESTION))
+    assert raised.value.verifier == Secret(b"their own")
+    with pytest.raises(Denied) as raised:
+        asyncio.run(chain(*links).ask(QUESTION))
+    assert raised.value.verifier == Secret(b"made up")
 
 
 def test_one_that_cannot_start_closes_those_before_it() -> None:

@@ -596,6 +596,20 @@ def test_no_password_fits_a_made_up_verifier(password: bytes) -> None:
         server.final(client.final(challenge, Keys.of(scram.salted_password(password, challenge.salt, 1))))
 
 
+def test_a_verifier_may_look_the_same_and_fit_nobody() -> None:
+    shown = VERIFIER.unfitting()
+    assert (shown.salt, shown.iterations) == (VERIFIER.salt, VERIFIER.iterations)
+    salted = scram.salted_password(b"pencil", VERIFIER.salt, VERIFIER.iterations)
+    assert VERIFIER.fits(salted)
+    assert not shown.fits(salted)
+    assert shown.unfitting().stored_key != shown.stored_key
+    assert shown.server_key != VERIFIER.server_key
+
+
+def test_a_salt_that_stays_is_the_one_of_a_made_up_verifier() -> None:
+    assert scram.stable_salt(b"alice", b"seed") == Verifier.made_up(b"alice", b"seed", 1).salt
+
+
 def test_keys_and_verifiers_do_not_show_themselves() -> None:
     keys = Keys.of(scram.salted_password(b"pencil", SALT, 4096))
     for shown in (repr(keys), f"{keys}", repr(VERIFIER), f"{VERIFIER}"):
