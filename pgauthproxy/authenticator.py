@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from typing import Any, Generic, NoReturn, TypeVar
 
-    from pgauthproxy.trial import TestClient
+    from pgauthproxy.rehearsal import TestClient
 
     Answer = TypeVar("Answer", bound="Mapping | Awaitable[Mapping]", covariant=True)
 else:
@@ -55,7 +55,7 @@ else:
     def __getattr__(name):
         """What tests need is loaded for tests alone."""
         if name == "TestClient":
-            from pgauthproxy.trial import TestClient
+            from pgauthproxy.rehearsal import TestClient
 
             return TestClient
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

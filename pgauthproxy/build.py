@@ -1,18 +1,27 @@
 """The one place where the parts are put together: settings in, a gateway out."""
 
+import contextlib
 import hashlib
 import secrets
 from pathlib import Path
 
+import msgspec
+
 from pgauthproxy import _relay
+from pgauthproxy.auth.cache import CachedAuthenticator
 from pgauthproxy.auth.calls import CallLimits
-from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits
+from pgauthproxy.auth.chain import ChainAuthenticator
+from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits, SaidSink
 from pgauthproxy.auth.http import HttpAuthenticator, HttpLimits
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
 from pgauthproxy.auth.python import PythonAuthenticator
+from pgauthproxy.auth.users import UsersAuthenticator, UsersPolicy
+from pgauthproxy.auth.users_file import TlsFault
+from pgauthproxy.auth.worker import WorkerAuthenticator, WorkerLimits
 from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
-from pgauthproxy.events import AuthenticatorSaid, Sink, ignore
+from pgauthproxy.errors import AuthenticatorFault
+from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
@@ -21,7 +30,7 @@ from pgauthproxy.gateway.session import Gateway
 from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
 from pgauthproxy.net.listen import ListenError, parse_listen
-from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of
+from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of, resolve
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import TargetTls
@@ -35,21 +44,46 @@ def tcp_options(settings: Settings) -> TcpOptions:
 
 def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     """The authenticator that the settings ask for, not started yet. Raises AuthenticatorConfigError."""
-    match settings.kind:
+    cache = settings.authenticator.cache
+    found = _of_kind(settings, settings, sink)
+    return CachedAuthenticator(found, cache.max_seconds, cache.max_entries) if cache.max_seconds else found
+
+
+def _of_kind(settings: Settings, whole: Settings, sink: Sink) -> Authenticator:
+    """What these settings ask for; how clients prove themselves stands in the whole ones."""
+    match settings.authenticator.decided_kind:
         case "command":
             return _command(settings, sink)
+        case "worker":
+            return _worker(settings, sink)
         case "python":
             return _python(settings, sink)
         case "http":
             return _http(settings, sink)
+        case "users":
+            return _users(settings, whole, sink)
+        case "chain":
+            return _chain(settings, sink)
         case None:
             raise AuthenticatorConfigError("authenticator.cmd: no authenticator is configured")
 
 
+def _chain(settings: Settings, sink: Sink) -> ChainAuthenticator:
+    links: list[tuple[str, Authenticator]] = []
+    faults: list[str] = []
+    for number, link in enumerate(settings.authenticator.chain, 1):
+        alone = msgspec.structs.replace(settings, authenticator=link)
+        try:
+            links.append((f"{number} ({link.decided_kind})", _of_kind(alone, settings, sink)))
+        except AuthenticatorConfigError as error:
+            faults += (f"authenticator.chain, {number}: {fault}" for fault in error.faults)
+    if faults:
+        raise AuthenticatorConfigError(*faults)
+    return ChainAuthenticator(links)
+
+
 def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
     wanted = settings.authenticator
-    if not wanted.cmd:
-        raise AuthenticatorConfigError("authenticator.cmd: kind command needs it")
     limits = CommandLimits(
         timeout=wanted.timeout,
         grace=wanted.grace,
@@ -58,25 +92,58 @@ def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
         max_lines=wanted.max_output_lines,
         max_errors=wanted.max_errors,
     )
-    return CommandAuthenticator(
-        wanted.cmd,
-        authenticator_environment(settings),
-        limits,
-        lambda session, lines, dropped: sink(AuthenticatorSaid(session, lines, dropped)),
+    return CommandAuthenticator(wanted.cmd, authenticator_environment(settings), limits, _said(sink))
+
+
+def _worker(settings: Settings, sink: Sink) -> WorkerAuthenticator:
+    wanted = settings.authenticator
+    limits = WorkerLimits(
+        least=wanted.workers.min,
+        most=wanted.workers.max,
+        timeout=wanted.timeout,
+        grace=wanted.grace,
+        max_output=wanted.max_output,
+        max_lines=wanted.max_output_lines,
     )
+    return WorkerAuthenticator(wanted.cmd, authenticator_environment(settings), limits, _said(sink))
+
+
+def _said(sink: Sink) -> SaidSink:
+    """Passes on what an authenticator's process writes to its standard error."""
+    return lambda session, lines, dropped: sink(AuthenticatorSaid(session, lines, dropped))
+
+
+def _users(settings: Settings, whole: Settings, sink: Sink) -> UsersAuthenticator:
+    return UsersAuthenticator(
+        Path(settings.authenticator.users.file),
+        UsersPolicy(whole.method, _made_up_from(whole), whole.authenticator.scram_iterations),
+        fault_of_targets(whole),
+        lambda level, what, facts: sink(Noticed(level, what, facts)),
+    )
+
+
+def fault_of_targets(settings: Settings) -> TlsFault:
+    """Says what is wrong with a target's own TLS settings, on top of the configuration's; reads the files they name."""
+
+    def fault(wishes: tuple[tuple[str, str], ...]) -> str | None:
+        try:
+            build_target_context(resolve(target_tls(settings), wishes))
+        except AuthenticatorFault as error:
+            return error.detail
+        except TlsConfigError as error:
+            return str(error)
+        return None
+
+    return fault
 
 
 def _python(settings: Settings, sink: Sink) -> PythonAuthenticator:
     wanted = settings.authenticator
-    if not wanted.callable:
-        raise AuthenticatorConfigError("authenticator.callable: kind python needs it")
     return PythonAuthenticator(wanted.callable, CallLimits(wanted.timeout, wanted.grace, wanted.max_parallel), sink)
 
 
 def _http(settings: Settings, sink: Sink) -> HttpAuthenticator:
     wanted = settings.authenticator
-    if not wanted.http.url:
-        raise AuthenticatorConfigError("authenticator.http.url: kind http needs it")
     limits = HttpLimits(wanted.timeout, wanted.http.max_in_flight, wanted.max_output)
     return HttpAuthenticator(wanted.http.url, wanted.http.headers, wanted.http.ca, limits, sink)
 
@@ -91,6 +158,7 @@ def build_targets(settings: Settings) -> Targets:
         error_text=target.error_text,
         version=major << 16 | minor,
         tls=target_tls(settings),
+        warm=target.warm,
         limits=TargetLimits(
             auth_request=target.max_auth_request,
             error=target.max_error,
@@ -105,7 +173,16 @@ def build_targets(settings: Settings) -> Targets:
 def target_tls(settings: Settings) -> TargetTls:
     """TLS with targets, where the authenticator says nothing else."""
     tls = settings.target.tls
-    return TargetTls(tls.mode, tls.ca, tls.cert, tls.key, tls.negotiation, tls.name)
+    return TargetTls(tls.decided_mode, tls.ca, tls.cert, tls.key, tls.negotiation, tls.name)
+
+
+def check_target_tls(settings: Settings) -> None:
+    """Reads the files that TLS with targets takes by default. Raises TlsConfigError."""
+    wanted = target_tls(settings)
+    if fault := fault_of(wanted):
+        raise TlsConfigError(fault)
+    if wanted.mode != "disable":
+        build_target_context(resolve(wanted, ()))
 
 
 def build_client_tls(settings: Settings) -> ClientSide | None:
@@ -123,7 +200,7 @@ def build_client_tls(settings: Settings) -> ClientSide | None:
     )
 
 
-def build_admission(settings: Settings, sink: Sink) -> Admission:
+def build_admission(settings: Settings, authenticator: Authenticator) -> Admission:
     """How clients are let in."""
     policy = ClientPolicy(
         method=settings.method,
@@ -133,7 +210,7 @@ def build_admission(settings: Settings, sink: Sink) -> Admission:
         tls_required=settings.tls_mode == "require",
     )
     return Admission(
-        authenticator=build_authenticator(settings, sink),
+        authenticator=authenticator,
         policy=policy,
         seed=_made_up_from(settings),
         scram_iterations=settings.authenticator.scram_iterations,
@@ -144,42 +221,44 @@ def _made_up_from(settings: Settings) -> Secret:
     """The secret that the salts of refused users are made from: as stable as the operator has made it."""
     if settings.authenticator.scram_seed:
         return Secret(settings.authenticator.scram_seed.encode())
-    if settings.tls.key:
-        return Secret(hashlib.sha256(Path(settings.tls.key).read_bytes()).digest())
+    if settings.tls_mode != "disable":
+        # What is wrong with the key is told where TLS is set up with it.
+        with contextlib.suppress(OSError):
+            return Secret(hashlib.sha256(Path(settings.tls.key).read_bytes()).digest())
     return Secret(secrets.token_bytes(32))
 
 
-def faults_of(settings: Settings) -> list[str]:
-    """What the settings ask for and the machine does not have, a line each."""
-    faults = []
+def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[str]]:
+    """The authenticator, which may be long to read, and what the settings ask for and the machine does not have.
+
+    Faults are a line each; the sink gets what is only to be noted.
+    """
+    authenticator, faults = None, []
     for text in settings.listen:
         try:
             parse_listen(text)
         except ListenError as error:
             faults.append(str(error))
     try:
-        build_authenticator(settings, ignore)
+        authenticator = build_authenticator(settings, sink)
     except AuthenticatorConfigError as error:
-        faults.append(str(error))
+        faults += error.faults
     try:
         build_client_tls(settings)
     except TlsConfigError as error:
         faults.append(f"tls: {error}")
-    if fault := fault_of(target_tls(settings)):
-        faults.append(f"target.tls: {fault}")
-    elif settings.target.tls.mode != "disable":
-        try:
-            build_target_context(target_tls(settings))
-        except TlsConfigError as error:
-            faults.append(f"target.tls: {error}")
-    return faults
+    try:
+        check_target_tls(settings)
+    except TlsConfigError as error:
+        faults.append(f"target.tls: {error}")
+    return authenticator, faults
 
 
-def build_gateway(settings: Settings, sink: Sink) -> Gateway:
+def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) -> Gateway:
     """A gateway that serves nobody yet. Raises TlsConfigError."""
     targets = build_targets(settings)
     return Gateway(
-        admission=build_admission(settings, sink),
+        admission=build_admission(settings, authenticator),
         client_tls=build_client_tls(settings),
         targets=targets,
         paused=PausedClients(targets.buffer),

@@ -7,14 +7,16 @@ import resource
 import signal
 import socket
 import sys
+import warnings
 from typing import Any, Final
 
 import msgspec
 import uvloop
 
 from pgauthproxy import _spawn
-from pgauthproxy.build import build_client_tls, build_gateway, tcp_options
-from pgauthproxy.config.schema import Settings
+from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
+from pgauthproxy.build import build_client_tls, build_gateway, check_target_tls, tcp_options
+from pgauthproxy.config.schema import AuthenticatorSettings, Settings
 from pgauthproxy.errors import GatewayFault
 from pgauthproxy.events import CloseReason, Noticed, Refused, Sink
 from pgauthproxy.gateway.session import Gateway, Session, shutting_down
@@ -49,9 +51,11 @@ def open_listeners(settings: Settings) -> list[socket.socket]:
     return opened
 
 
-def serve(settings: Settings, listening: list[socket.socket], sink: Sink) -> None:
+def serve(settings: Settings, authenticator: Authenticator, listening: list[socket.socket], sink: Sink) -> None:
     """Runs until a signal ends it. Raises AuthenticatorConfigError if it cannot begin to."""
-    uvloop.run(Worker(prepare_process(settings, sink), sink).run(listening))
+    # What libraries tell their developers, of a certificate that a peer shows say, is nothing for the log.
+    warnings.simplefilter("ignore")
+    uvloop.run(Worker(prepare_process(settings, sink), authenticator, sink).run(listening))
 
 
 def prepare_process(settings: Settings, sink: Sink) -> Settings:
@@ -68,11 +72,7 @@ def _fitting(settings: Settings, descriptors: int, sink: Sink) -> Settings:
 
     A login that has not named itself holds one; there may be max_logins of them besides the clients.
     """
-    asked = settings.authenticator
-    of_authenticator = (
-        asked.http.max_in_flight if settings.kind == "http" else DESCRIPTORS_OF_AN_AUTHENTICATOR * asked.max_parallel
-    )
-    free = descriptors - DESCRIPTORS_FOR_ITSELF - of_authenticator
+    free = descriptors - DESCRIPTORS_FOR_ITSELF - _descriptors_of(settings.authenticator)
     if settings.max_clients * DESCRIPTORS_OF_A_SESSION + settings.max_logins <= free:
         return settings
     max_logins = min(settings.max_logins, max(1, free // 4))
@@ -87,6 +87,17 @@ def _fitting(settings: Settings, descriptors: int, sink: Sink) -> Settings:
     return msgspec.structs.replace(settings, max_clients=max_clients, max_logins=max_logins)
 
 
+def _descriptors_of(asked: AuthenticatorSettings) -> int:
+    """What an authenticator holds at most."""
+    match asked.decided_kind:
+        case "http":
+            return asked.http.max_in_flight
+        case "chain":
+            return sum(map(_descriptors_of, asked.chain))
+        case _:
+            return DESCRIPTORS_OF_AN_AUTHENTICATOR * asked.max_parallel
+
+
 def _fill_standard_descriptors() -> None:
     """Descriptors 0 to 2 are open from here on, so that no socket ever gets one of these numbers."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -97,13 +108,15 @@ def _fill_standard_descriptors() -> None:
 class Worker:
     """States, in order: starting, serving, draining (first signal), ended."""
 
-    def __init__(self, settings: Settings, sink: Sink) -> None:
+    def __init__(self, settings: Settings, authenticator: Authenticator, sink: Sink) -> None:
         self._settings = settings
         self._sink = sink
-        self._gateway: Gateway = build_gateway(settings, sink)
+        self._gateway: Gateway = build_gateway(settings, authenticator, sink)
         self._listeners: list[Listener] = []
         self._sessions_begun = 0
         self._signals = 0
+        self._reloading: asyncio.Task[None] | None = None
+        self._reload_again = False
         self._draining = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -117,6 +130,8 @@ class Worker:
     def _start(self, listening: list[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_exception)
+        # It may be called by any thread.
+        sys.unraisablehook = lambda found: loop.call_soon_threadsafe(self._report_unraisable, found.exc_value)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -162,9 +177,33 @@ class Worker:
             self._ended.set()
 
     def _reload(self) -> None:
+        """Reads everything anew that can be; one after the other, however often it is asked for."""
+        self._reload_certificates()
+        self._reload_again = self._reloading is not None
+        if self._reloading is None:
+            self._reloading = asyncio.get_running_loop().create_task(self._reload_authenticator())
+
+    async def _reload_authenticator(self) -> None:
+        try:
+            await self._try_reload()
+            while self._reload_again:
+                self._reload_again = False
+                await self._try_reload()
+        finally:
+            self._reloading = None
+
+    async def _try_reload(self) -> None:
+        try:
+            await self._gateway.admission.authenticator.reload()
+        except AuthenticatorConfigError as error:
+            for fault in error.faults:
+                self._sink(Noticed("error", "authenticator not loaded, the old one stays", (("reason", fault),)))
+
+    def _reload_certificates(self) -> None:
         """Reads certificates anew, for connections from here on. What cannot be used leaves the old ones in force."""
         try:
             client_tls = build_client_tls(self._settings)
+            check_target_tls(self._settings)
         except TlsConfigError as error:
             self._sink(Noticed("error", "certificates not loaded, the old ones stay", (("reason", str(error)),)))
             return
@@ -186,6 +225,10 @@ class Worker:
             for session in list(self._gateway.sessions):
                 session.end(CloseReason.SHUTDOWN, b"terminating connection due to administrator command")
             await self._wait_for_end(min(1.0, self._settings.close_timeout))
+        if self._reloading is not None:
+            self._reloading.cancel()
+            await asyncio.wait([self._reloading])
+        self._gateway.targets.warm.close()
         await self._gateway.admission.authenticator.close()
         self._sink(Noticed("info", "ended"))
 
@@ -196,10 +239,19 @@ class Worker:
         except TimeoutError:
             return
 
+    def _report_unraisable(self, error: BaseException | None) -> None:
+        """What Python would write to standard error itself, past the log."""
+        if isinstance(error, UnicodeDecodeError):
+            # A client asks by TLS for a host whose name is no ASCII: its handshake fails, which has a line of its own.
+            return
+        self._report_internal("an exception that nobody could be told of", error)
+
     def _report_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self._report_internal(str(context.get("message")), context.get("exception"))
+
+    def _report_internal(self, what: str, error: object) -> None:
         """A bug of ours: where it happened, never with what values."""
-        error = context.get("exception")
-        facts: list[tuple[str, object]] = [("what", str(context.get("message")))]
+        facts: list[tuple[str, object]] = [("what", what)]
         if isinstance(error, BaseException):
             trace = error.__traceback__
             while trace is not None and trace.tb_next is not None:

@@ -6,6 +6,7 @@ keeps its place until it returns; when all places are held so, logins are refuse
 """
 
 import asyncio
+import contextlib
 import functools
 import queue
 import threading
@@ -47,13 +48,15 @@ class CallLimits:
 class Call:
     """One call. States, in order: running; given up, if its verdict is no longer waited for; ended."""
 
-    __slots__ = ("question", "task", "timer", "verdict")
+    __slots__ = ("ended", "given_up", "question", "task", "timer", "verdict")
 
     def __init__(self, question: Question) -> None:
         self.question = question
         self.verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self.timer: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[Verdict] | None = None
+        self.given_up = False
+        self.ended = False
 
 
 class Places:
@@ -83,7 +86,9 @@ class Places:
             await waiter
         except asyncio.CancelledError:
             if waiter.cancelled():
-                self._waiting.remove(waiter)
+                # Unless a place that came free in the same moment has passed it by.
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove(waiter)
             elif waiter.exception() is None:
                 # The place was given while its waiter was on the way out.
                 self.give_back()
@@ -121,9 +126,29 @@ class Calls(ABC):
         )
         self._places = Places(limits.max_parallel)
         self._loop = asyncio.get_running_loop()
+        self._asking = 0
+        self._unasked = asyncio.Event()
 
     async def call(self, question: Question) -> Mapping:
         """Raises Denied and AuthenticatorFault. Cancelling it gives up the call."""
+        self._asking += 1
+        try:
+            return await self._call(question)
+        finally:
+            self._asking -= 1
+            if not self._asking:
+                self._unasked.set()
+
+    async def finish(self) -> None:
+        """Closes once all who have asked have their verdict. Nobody asks any more."""
+        try:
+            if self._asking:
+                self._unasked.clear()
+                await self._unasked.wait()
+        finally:
+            await self.close()
+
+    async def _call(self, question: Question) -> Mapping:
         await self._places.take()
         call = Call(question)
         call.timer = self._loop.call_later(self._limits.timeout, self._run_over, call)
@@ -131,9 +156,7 @@ class Calls(ABC):
         try:
             verdict = await call.verdict
         except asyncio.CancelledError:
-            # Unless it has ended, or was given up, in the same moment.
-            if call.verdict.cancelled():
-                self._give_up(call)
+            self._abandon(call)
             raise
         try:
             if isinstance(verdict, Mapping):
@@ -160,10 +183,17 @@ class Calls(ABC):
         call.timer = None
         if not call.verdict.done():
             call.verdict.set_result(AuthenticatorFault(f"authenticator took longer than {self._limits.timeout:g} s"))
-        self._give_up(call)
+        self._abandon(call)
+
+    def _abandon(self, call: Call) -> None:
+        """Gives the call up, unless it has ended, or been given up, in the same moment."""
+        if not (call.ended or call.given_up):
+            call.given_up = True
+            self._give_up(call)
 
     def _end(self, call: Call, verdict: Verdict) -> None:
         """The function has returned."""
+        call.ended = True
         if call.timer is not None:
             call.timer.cancel()
             call.timer = None
@@ -228,10 +258,13 @@ class Threads(Calls):
         return super()._judge(answer, question)
 
     def _give_up(self, call: Call) -> None:
-        if call.timer is None and call not in self._held:
-            self._held.add(call)
-            self._places.hold()
-            self._tell("warning", "authenticator runs on after its time-out", call)
+        """It runs on: nothing is amiss before its time is up."""
+
+    def _run_over(self, call: Call) -> None:
+        super()._run_over(call)
+        self._held.add(call)
+        self._places.hold()
+        self._tell("warning", "authenticator runs on after its time-out", call)
 
     def _end(self, call: Call, verdict: Verdict) -> None:
         if call in self._held:
@@ -298,7 +331,7 @@ class Tasks(Calls):
 
     async def close(self) -> None:
         for call in list(self._running):
-            self._give_up(call)
+            self._abandon(call)
         while self._running:
             tasks = [call.task for call in self._running if call.task is not None]
             await asyncio.wait(tasks, return_when=asyncio.ALL_COMPLETED)

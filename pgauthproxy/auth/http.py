@@ -11,7 +11,7 @@ import re
 import ssl
 from collections.abc import Callable
 from collections.abc import Mapping as Pairs
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import SplitResult, urlsplit
@@ -50,19 +50,31 @@ class HttpLimits:
     max_output: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Access:
+    """What is read for the way to the service, and read anew by a reload; no context without TLS."""
+
+    headers: Pairs[str, str] = field(repr=False)
+    context: ssl.SSLContext | None
+
+
 class HttpAuthenticator:
     """Asks the operator's service."""
 
     def __init__(self, url: str, headers: Pairs[str, str], ca: str, limits: HttpLimits, notice: Notice) -> None:
         """Resolves references and reads the authorities. Raises AuthenticatorConfigError."""
         self._url = _checked_url(url)
-        self._headers = _checked_headers(headers)
-        self._context = _build_context(ca) if self._url.scheme == "https" else None
+        self._wanted = (headers, ca)
+        self._access = self._read_access()
         self._limits = limits
         self._notice = notice
         self._places = asyncio.Semaphore(limits.max_in_flight)
         self._session: aiohttp.ClientSession | None = None
         _check_aiohttp()
+
+    def _read_access(self) -> "_Access":
+        headers, ca = self._wanted
+        return _Access(_checked_headers(headers), _build_context(ca) if self._url.scheme == "https" else None)
 
     async def start(self) -> None:
         import aiohttp
@@ -70,15 +82,15 @@ class HttpAuthenticator:
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_note_reuse)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=self._context or True, keepalive_timeout=KEEPALIVE_SECONDS),
-            headers={**self._headers, "Content-Type": "application/json", "Accept-Encoding": "identity"},
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+            headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
             # What one login sets must not be sent with the next.
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             auto_decompress=False,
             trace_configs=[trace],
         )
-        if self._context is None and not _is_loopback(self._url.hostname or ""):
+        if self._url.scheme == "http" and not _is_loopback(self._url.hostname or ""):
             facts = (("authenticator", _shown(self._url)), ("remedy", "https"))
             self._notice(Noticed("warning", "passwords cross the network in clear", facts))
 
@@ -101,6 +113,11 @@ class HttpAuthenticator:
         except NonsenseError as error:
             raise AuthenticatorFault(f"authenticator answered nonsense: {error}") from None
 
+    async def reload(self) -> None:
+        """Resolves references and reads the authorities anew. Raises AuthenticatorConfigError."""
+        self._access = await asyncio.to_thread(self._read_access)
+        self._notice(Noticed("info", "authenticator loaded anew", (("url", _shown(self._url)),)))
+
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
@@ -122,9 +139,16 @@ class HttpAuthenticator:
 
     async def _post_once(self, body: bytes, reused: "_Reused") -> tuple[int, bytes | None]:
         assert self._session is not None  # noqa: S101 (it was started)
-        url = self._url.geturl()
-        # Left before its end, an answer takes its connection with it.
-        async with self._session.post(url, data=body, allow_redirects=False, trace_request_ctx=reused) as response:
+        access = self._access
+        # Left before its end, an answer takes its connection with it. Connections are kept for each context apart.
+        async with self._session.post(
+            self._url.geturl(),
+            data=body,
+            headers=access.headers,
+            ssl=access.context or True,
+            allow_redirects=False,
+            trace_request_ctx=reused,
+        ) as response:
             if response.status != HTTPStatus.OK and response.status not in REFUSALS:
                 return response.status, None
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":

@@ -3,6 +3,7 @@
 The text under a setting is its documentation. Times are seconds, sizes are bytes.
 """
 
+import operator
 import os
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal
@@ -14,10 +15,20 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 BoundedBytes = Annotated[int, Meta(ge=1, le=1 << 24)]
-Kind = Literal["command", "python", "http"]
+Kind = Literal["command", "worker", "python", "http", "users", "chain"]
 Method = Literal["md5", "cleartext", "scram-sha-256", "cert"]
 TargetTlsMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
 Level = Literal["debug", "info", "warning", "error"]
+
+NEEDED: Final[dict[Kind, str]] = {
+    "chain": "chain",
+    "command": "cmd",
+    "worker": "cmd",
+    "python": "callable",
+    "http": "http.url",
+    "users": "users.file",
+}
+"""What must be set for a kind. Of those that need the same, the first is what is meant without a word."""
 
 
 class _Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,12 +53,40 @@ class HttpSettings(_Settings, frozen=True):
     """The authorities that the server's certificate must be signed by, a PEM file. Without it: the system's."""
 
 
+class UsersSettings(_Settings, frozen=True):
+    """The kind `users`."""
+
+    file: str = ""
+    """A YAML file with users and the targets that they are mapped to (docs/users.md), with a mode as `tls.key`. Read
+    anew on SIGHUP."""
+
+
+class WorkersSettings(_Settings, frozen=True):
+    """The processes of the kind `worker`."""
+
+    min: Count = 1
+    """How many run at least."""
+    max: Annotated[int, Meta(ge=1, le=1024)] = msgspec.field(default_factory=_default_parallel)
+    """How many run at most. Each has one login in hand; other logins wait in order."""
+
+
+class CacheSettings(_Settings, frozen=True):
+    """Answers that are kept for as long as the authenticator says (`_META_CACHE_SECONDS`)."""
+
+    max_seconds: NotNegative = 300.0
+    """The longest that an answer is kept, whatever the authenticator says. 0: none is kept."""
+    max_entries: Count = 10_000
+    """How many are kept; the one that was used least lately goes first."""
+
+
 class AuthenticatorSettings(_Settings, frozen=True):
     """Who decides about logins."""
 
     kind: Kind | None = None
-    """What the authenticator is. Without it: what the other settings ask for, `command` if `cmd` is set, `python` if
-    `callable` is, `http` if `http.url` is."""
+    """What the authenticator is. `command`: `cmd` is run for each login. `worker`: `cmd` is kept running and answers
+    one login after the other. `python`: the function of `callable`. `http`: the service at `http.url`. `users`: a file
+    (docs/users.md). `chain`: those of `chain`. Without it: what the other settings ask for, `command` if `cmd` is set,
+    `python` if `callable` is, `http` if `http.url` is, `users` if `users.file` is."""
     cmd: list[str] = []
     """The authenticator command: a list, or one string that is split as a shell would. No shell runs it."""
     callable: str = ""
@@ -57,9 +96,9 @@ class AuthenticatorSettings(_Settings, frozen=True):
     env: list[str] | None = None
     """Names of the environment variables that the command gets. Without it: all of the gateway's."""
     method: Method | None = None
-    """How clients prove who they are. `md5` (the default): a salted MD5 of the password, which the authenticator
-    judges. `cleartext`: the password as it is. `scram-sha-256`: the authenticator gives a verifier, the gateway
-    compares. `cert`: by a client certificate alone."""
+    """How clients prove who they are. `md5`: a salted MD5 of the password, which the authenticator judges.
+    `cleartext`: the password as it is. `scram-sha-256`: the authenticator gives a verifier, the gateway compares.
+    `cert`: by a client certificate alone. Without it: `scram-sha-256` with the kind `users`, else `md5`."""
     cleartext_password: bool = False
     """The old way to say `method: cleartext`."""
     scram_iterations: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
@@ -67,8 +106,15 @@ class AuthenticatorSettings(_Settings, frozen=True):
     scram_seed: str = ""
     """A secret from which the salts that refused users are shown are made, so that they stay the same. Without it they
     are made from `tls.key`, and where there is none they change with each start."""
+    users: UsersSettings = UsersSettings()
+    workers: WorkersSettings = WorkersSettings()
+    chain: list["AuthenticatorSettings"] = []
+    """Several authenticators, each with settings of this section (but not `method` and what belongs to it): the first
+    that lets a client in decides, and one that fails ends the row."""
+    cache: CacheSettings = CacheSettings()
     timeout: Positive = 10.0
-    """How long the command may run, then TERM goes to its process group; how long a function or a service may take."""
+    """How long the command may run, or a worker, function or service take to answer. Then TERM goes to the process
+    group of the command or worker."""
     grace: NotNegative = 1.0
     """From TERM to KILL; from cancelling an async function to leaving it."""
     max_parallel: Annotated[int, Meta(ge=1, le=1024)] = msgspec.field(default_factory=_default_parallel)
@@ -79,6 +125,16 @@ class AuthenticatorSettings(_Settings, frozen=True):
     """Lines of output; more are an error."""
     max_errors: BoundedBytes = 65_536
     """Bytes of standard error that reach the log, in at most 256 lines; the rest is dropped."""
+
+    @property
+    def decided_kind(self) -> Kind | None:
+        """What the authenticator is; None if none is configured."""
+        return self.kind or next((kind for kind, needed in NEEDED.items() if needed in self.kinds_given), None)
+
+    @property
+    def kinds_given(self) -> list[str]:
+        """Those settings that are there and ask for a kind."""
+        return [name for name in dict.fromkeys(NEEDED.values()) if operator.attrgetter(name)(self)]
 
 
 class CertificateSettings(_Settings, frozen=True):
@@ -113,9 +169,10 @@ class TlsSettings(_Settings, frozen=True):
 class TargetTlsSettings(_Settings, frozen=True):
     """TLS with targets, where the authenticator says nothing else."""
 
-    mode: TargetTlsMode = "prefer"
-    """As libpq's sslmode. `prefer` protects against nobody who can do more than listen; it falls back on plain. Unix
-    sockets never use TLS. `_META_TARGET_TLS` is the authenticator's word for it."""
+    mode: TargetTlsMode | None = None
+    """As libpq's sslmode. `prefer`, the default, protects against nobody who can do more than listen; it falls back on
+    plain. With `ca: system` the default is `verify-full`. Unix sockets never use TLS. `_META_TARGET_TLS` is the
+    authenticator's word for it."""
     ca: str = ""
     """The authorities that targets' certificates must be signed by: a PEM file, or `system` with mode `verify-full`.
     With it, `require` means `verify-ca`. (`_META_TARGET_CA`)"""
@@ -129,6 +186,11 @@ class TargetTlsSettings(_Settings, frozen=True):
     name: str = ""
     """What a target's certificate must be for, if not the host's name. (`_META_TARGET_TLS_NAME`)"""
 
+    @property
+    def decided_mode(self) -> TargetTlsMode:
+        """The mode that is in force."""
+        return self.mode or ("verify-full" if self.ca == "system" else "prefer")
+
 
 class TargetSettings(_Settings, frozen=True):
     """The servers that sessions are sent to."""
@@ -137,6 +199,9 @@ class TargetSettings(_Settings, frozen=True):
     protocol: Literal["3.0", "3.2"] = "3.0"
     """The version that targets are asked for. 3.2 gets longer cancel keys from PostgreSQL 18 and newer; some older
     servers refuse it. Clients get what they ask for, whatever this is."""
+    warm: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """How many connections to each target used lately stand open before they are needed, TLS done and nothing else: a
+    login there takes a third less time. Each serves one login. The authenticator's targets may say otherwise."""
     connect_timeout: Positive = 5.0
     """For connecting to one address."""
     login_timeout: Positive = 15.0
@@ -213,22 +278,12 @@ class Settings(_Settings, frozen=True):
     """Longest message of a SCRAM exchange."""
 
     @property
-    def kind(self) -> Kind | None:
-        """What the authenticator is; None if none is configured."""
-        return self.authenticator.kind or next(iter(self.kinds_configured), None)
-
-    @property
-    def kinds_configured(self) -> list[Kind]:
-        """The kinds of authenticator whose own settings are there."""
-        asked = self.authenticator
-        given: dict[Kind, object] = {"command": asked.cmd, "python": asked.callable, "http": asked.http.url}
-        return [kind for kind, setting in given.items() if setting]
-
-    @property
     def method(self) -> Method:
         """How clients prove who they are, in one word."""
         asked = self.authenticator
-        return asked.method or ("cleartext" if asked.cleartext_password else "md5")
+        if asked.cleartext_password:
+            return asked.method or "cleartext"
+        return asked.method or ("scram-sha-256" if asked.decided_kind == "users" else "md5")
 
     @property
     def tls_mode(self) -> str:
@@ -273,9 +328,15 @@ def all_keys(struct: type[msgspec.Struct] = Settings, prefix: str = "") -> Itera
 
 def in_force(settings: Settings, key: Key) -> object:
     """The value of one setting; where it is not set and something follows from that, what follows."""
-    following = {"authenticator.kind": "kind", "authenticator.method": "method", "tls.mode": "tls_mode"}
-    if key.path in following:
-        return getattr(settings, following[key.path])
+    match key.path:
+        case "authenticator.kind":
+            return settings.authenticator.decided_kind
+        case "authenticator.method":
+            return settings.method
+        case "tls.mode":
+            return settings.tls_mode
+        case "target.tls.mode":
+            return settings.target.tls.decided_mode
     value: object = settings
     for name in key.path.split("."):
         value = getattr(value, name)
@@ -284,8 +345,6 @@ def in_force(settings: Settings, key: Key) -> object:
 
 def conflicts(settings: Settings) -> Iterator[str]:
     """What does not go together, a line each."""
-    if len(settings.kinds_configured) > 1 and settings.authenticator.kind is None:
-        yield f"authenticator.kind: say which, there are several: {', '.join(settings.kinds_configured)}"
     if settings.authenticator.cleartext_password and settings.authenticator.method not in (None, "cleartext"):
         yield f"authenticator.cleartext_password: contradicts authenticator.method {settings.authenticator.method}"
     if settings.tls_mode != "disable" and not settings.tls.cert:
@@ -294,5 +353,18 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield "tls.cert, tls.key: need each other"
     if settings.tls.client_cert != "none" and not settings.tls.client_ca:
         yield f"tls.client_cert: {settings.tls.client_cert} needs tls.client_ca"
+    yield from _authenticator_conflicts(settings.authenticator, "authenticator")
     if settings.method == "cert" and (settings.tls_mode == "disable" or settings.tls.client_cert == "none"):
         yield "authenticator.method: cert needs TLS, and tls.client_cert optional or require"
+
+
+def _authenticator_conflicts(asked: AuthenticatorSettings, section: str) -> Iterator[str]:
+    given = asked.kinds_given
+    if asked.kind is not None and NEEDED[asked.kind] not in given:
+        yield f"{section}.kind: {asked.kind} needs {NEEDED[asked.kind]}"
+    if asked.kind is None and "chain" not in given and len(given) > 1:
+        yield f"{section}.kind: must say which, since {' and '.join(given)} are set"
+    if asked.workers.max < asked.workers.min:
+        yield f"{section}.workers: max is less than min"
+    for number, link in enumerate(asked.chain, 1):
+        yield from _authenticator_conflicts(link, f"{section}.chain, {number}")

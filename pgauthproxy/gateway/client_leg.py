@@ -59,8 +59,8 @@ class ClientLeg(Leg):
         return await self.drive(login)
 
     def refuse(self, fault: Fault) -> None:
-        """Says why, where PostgreSQL would say anything, and closes."""
-        if fault.told is not None and not self.gone:
+        """Says why, where PostgreSQL would say anything and the client could hear it, and closes."""
+        if fault.told is not None and not self.gone and not self.shaking_hands:
             self.send(messages.fatal(fault.sqlstate, fault.told))
         self.close()
 

@@ -10,7 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jsonschema
+import msgspec
 
+from pgauthproxy.auth import users_file
+from pgauthproxy.auth.targets import TargetSpec
+from pgauthproxy.auth.users_file import UserSpec
 from pgauthproxy.config import load, reference, schema
 
 ROOT = Path(__file__).parents[2]
@@ -69,4 +73,22 @@ def test_the_settings_that_are_shown_to_authors_exist(tmp_path: Path) -> None:
     document = (ROOT / "docs/http-authenticators.md").read_text()
     (shown,) = re.findall(r"```yaml\n(.+?)```", document, re.DOTALL)
     (tmp_path / "pgauthproxy.yaml").write_text(shown)
-    assert load.load(tmp_path / "pgauthproxy.yaml", {}, {}).settings.kind == "http"
+    assert load.load(tmp_path / "pgauthproxy.yaml", {}, {}).settings.authenticator.decided_kind == "http"
+
+
+def test_the_example_of_a_users_file_is_the_file_and_has_no_fault() -> None:
+    example = (ROOT / "examples/users.yaml").read_bytes()
+    assert example.decode() in (ROOT / "docs/users.md").read_text()
+    # What it refers to is the operator's.
+    alone = re.sub(rb"env:\w+", b"secret", example)
+    found, faults = users_file.parse(alone, "scram-sha-256", lambda wishes: None, lambda: None)
+    assert faults == []
+    assert found is not None
+    assert (len(found.targets), len(found.users)) == (2, 3)
+
+
+def test_the_document_of_the_users_file_has_every_key() -> None:
+    document = (ROOT / "docs/users.md").read_text()
+    for spec in (TargetSpec, UserSpec):
+        for field in msgspec.structs.fields(spec):
+            assert f"| `{field.encode_name}` |" in document, field.encode_name

@@ -10,19 +10,22 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
-    "errors secret stages events",
-    "_wire _digest _relay _spawn",
-    "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_login",
+    "errors secret private_file stages events",
+    "_wire _digest _tls _relay _spawn",
+    "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_tls proto.target_login",
     "authoring",
-    "auth.model auth.fields auth.command",
-    "auth.references auth.typed trial authenticator auth.calls auth.python auth.http_json auth.http",
-    "net.listen net.dial",
-    "gateway.limits gateway.salted_keys",
-    "gateway.leg gateway.client_leg gateway.target_leg gateway.cancel gateway.session",
+    "auth.model auth.fields auth.references auth.targets",
+    "auth.yaml_lines auth.networks auth.certificates auth.users_file auth.users_edit auth.users",
+    "auth.command auth.worker_process auth.worker auth.chain auth.cache",
+    "auth.typed rehearsal authenticator auth.calls auth.python auth.http_json auth.http",
+    "net.sockets net.listen net.dial net.tls",
+    "gateway.limits gateway.salted_keys gateway.paused",
+    "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel gateway.session",
     "ops.log",
     "config.schema config.load config.reference",
-    "build worker",
+    "build worker trial",
     "throwaway demo",
+    "terminal users_command",
     "cli __main__",
 ]
 ORDER = [name for line in LAYOUT for name in line.split()]

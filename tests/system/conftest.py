@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import pty
 import re
+import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,8 +23,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pgauthproxy.throwaway import ThrowawayPostgres
-from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
+from pgauthproxy.throwaway import UNPRIVILEGED_USER, ThrowawayPostgres
+from tests.conftest import HBA, ROLES, WAIT_SECONDS, Gateway, StartGateway
+from tests.tls import HOST, Authority
 from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, message, password, query, startup
 
 PASSWORD = "of no importance"
@@ -144,7 +148,7 @@ class Asked:
 
 
 @contextlib.contextmanager
-def asking_gateway(folder: Path, port: int, *, cleartext: bool) -> Iterator[Asked]:
+def asking_gateway(folder: Path, port: int, *, cleartext: bool, **settings: Any) -> Iterator[Asked]:
     notes, script = folder / "notes", folder / "authenticator"
     notes.touch()
     script.write_text(
@@ -157,8 +161,8 @@ def asking_gateway(folder: Path, port: int, *, cleartext: bool) -> Iterator[Aske
         "exit ${refused:-0}\n"
     )
     script.chmod(0o755)
-    settings = {"cleartext_password": cleartext, "max_parallel": 1}
-    with running_gateway(folder, script, authenticator=settings) as gateway:
+    asking = {"cleartext_password": cleartext, "max_parallel": 1, **settings.pop("authenticator", {})}
+    with running_gateway(folder, script, authenticator=asking, **settings) as gateway:
         yield Asked(gateway, notes)
 
 
@@ -335,9 +339,9 @@ class Answering:
         self.gateway = gateway
         self._folder = folder
 
-    def user(self, lines: dict[str, str]) -> str:
+    def user(self, lines: dict[str, str], name: str = "") -> str:
         """A user who gets these lines."""
-        name = new_user()
+        name = name or new_user()
         (self._folder / name).write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
         return name
 
@@ -472,23 +476,6 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         assert "Traceback" not in serving.text
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The working directory: it holds an authenticator that refuses everybody, and nothing else."""
-    script = tmp_path / "authenticator"
-    script.write_text("#!/bin/sh\ncat >/dev/null\nexit 1\n")
-    script.chmod(0o755)
-    return tmp_path
-
-
-def configure(folder: Path, name: str = "pgauthproxy.yaml", **settings: object) -> Path:
-    """Writes a configuration with the authenticator of the folder."""
-    content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": {"cmd": ["./authenticator"]}}
-    file = folder / name
-    file.write_text(yaml.safe_dump(content | settings))
-    return file
-
-
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -517,3 +504,124 @@ def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -
     assert line.startswith("pgauthproxy: ")
     for word in words:
         assert word in line
+
+
+class Terminal:
+    """A command of pgauthproxy at a terminal; `shown` is all that stood there, without what it prints."""
+
+    def __init__(self, *arguments: str, folder: Path | None = None) -> None:
+        self.master, slave = pty.openpty()
+        # Its own terminal, as far as it knows: only then Ctrl-C means something there.
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", "--wait", *MODULE, *arguments],
+            stdin=slave,
+            stdout=subprocess.PIPE,
+            stderr=slave,
+            env=environment,
+            cwd=folder,
+        )
+        os.close(slave)
+        self.shown = b""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        os.close(self.master)
+
+    def wait_for(self, words: bytes, count: int = 1) -> None:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while self.shown.count(words) < count:
+            assert select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0], self.shown
+            self.shown += os.read(self.master, 65536)
+
+    def type(self, words: bytes) -> None:
+        os.write(self.master, words)
+
+    def finish(self) -> tuple[int, bytes]:
+        """Its exit status, and what it printed; all that it showed is there then."""
+        printed, _ = self.process.communicate(timeout=WAIT_SECONDS)
+        # A terminal that nobody writes to any more ends in an error.
+        with contextlib.suppress(OSError):
+            while select.select([self.master], [], [], 0)[0] and (more := os.read(self.master, 65536)):
+                self.shown += more
+        return self.process.returncode, printed
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The working directory: it holds an authenticator that refuses everybody, and nothing else."""
+    script = tmp_path / "authenticator"
+    script.write_text("#!/bin/sh\ncat >/dev/null\nexit 1\n")
+    script.chmod(0o755)
+    return tmp_path
+
+
+def configure(folder: Path, name: str = "pgauthproxy.yaml", **settings: object) -> Path:
+    """Writes a configuration with the authenticator of the folder."""
+    content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": {"cmd": ["./authenticator"]}}
+    file = folder / name
+    file.write_text(yaml.safe_dump(content | settings))
+    return file
+
+
+# TLS
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Signs what gateways, clients and targets show each other."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """An authority that nobody trusts."""
+    return Authority(tmp_path_factory.mktemp("stranger"))
+
+
+def newest_of_debian() -> Path | None:
+    """The programs of the newest PostgreSQL of Debian's packages. It speaks TLS, which that of the wheel does not."""
+    found = Path("/usr/lib/postgresql").glob("*/bin/postgres")
+    return max((path.parent for path in found), key=lambda path: int(path.parent.name), default=None)
+
+
+DEBIAN = newest_of_debian()
+DEBIAN_VERSION = int(DEBIAN.parent.name) if DEBIAN is not None else 0
+DIRECT_TLS_SINCE = 17
+
+TLS_ROLES = """
+CREATE ROLE certified LOGIN;
+CREATE ROLE in_plain LOGIN;
+CREATE ROLE over_tls LOGIN;
+"""
+TLS_HBA = """
+hostssl   all  certified  127.0.0.1/32  cert
+hostnossl all  in_plain   127.0.0.1/32  trust
+hostssl   all  over_tls   127.0.0.1/32  trust
+hostnossl all  certified,over_tls  127.0.0.1/32  reject
+hostssl   all  in_plain            127.0.0.1/32  reject
+"""
+
+
+@pytest.fixture(scope="session")
+def tls_postgres(authority: Authority) -> Iterator[ThrowawayPostgres]:
+    """A PostgreSQL with a certificate for localhost, the roles of `postgres` and those of TLS_ROLES."""
+    if DEBIAN is None:
+        pytest.skip("no PostgreSQL that speaks TLS here: the package postgresql is not installed")
+    files = {"ssl_cert_file": "server.pem", "ssl_key_file": "server.key", "ssl_ca_file": "authority.pem"}
+    # They stand beside the data folder, to which such names are relative.
+    settings = {"ssl": "on"} | {setting: f"../{name}" for setting, name in files.items()}
+    server = ThrowawayPostgres(binaries=DEBIAN, settings=settings, hba=TLS_HBA + HBA)
+    identity = authority.issue("server", "localhost", HOST)
+    for source, name in zip((identity.cert, identity.key, authority.cert), files.values(), strict=True):
+        copied = server.folder / name
+        copied.touch(0o600)
+        copied.write_bytes(source.read_bytes())
+        if os.geteuid() == 0:
+            shutil.chown(copied, UNPRIVILEGED_USER)
+    with server:
+        server.sql(ROLES + TLS_ROLES)
+        yield server

@@ -18,25 +18,23 @@ from tests.conftest import Gateway
 from tests.system.conftest import PASSWORD, Backends, wait_until
 from tests.wire import (
     AUTH_OK,
+    CANCEL_REQUEST,
     KEY,
     READY,
     RawClient,
     ScriptedTarget,
+    cancel_request,
     error_fields,
     message,
     query,
     read_startup,
+    refuse_tls,
 )
 
 SECONDS = 30
-CANCEL_REQUEST = 80877102
 TARGET_KEY = KEY[5:]
 
 MappedTo = Callable[..., Gateway]
-
-
-def cancel_request(key: bytes) -> bytes:
-    return struct.pack("!ii", 8 + len(key), CANCEL_REQUEST) + key
 
 
 def send_cancel(gateway: Gateway, key: bytes) -> bytes:
@@ -287,6 +285,7 @@ def test_a_cancel_request_for_a_target_that_listens_no_more_does_no_harm(mapped_
         with listening:
             connection, _ = listening.accept()
         with connection:
+            refuse_tls(connection)
             cancels(connection)
 
     serving = threading.Thread(target=serve_once)

@@ -15,9 +15,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from pgauthproxy._digest import md5_answer, md5_password
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import StartGateway
 from tests.contract import WorkerProcess, answered, request_lines, run_command
+from tests.wire import RawClient, ScriptedTarget, error_fields, greet, password, startup
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMPILE_SECONDS = 300
@@ -170,7 +172,32 @@ def test_gofmt_changes_nothing() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("kind", ["command", "callable"])
+@pytest.mark.parametrize("example", WORKERS, indirect=True)
+def test_as_a_worker_it_serves_behind_a_gateway(example: Words, start_gateway: StartGateway) -> None:
+    with ScriptedTarget(greet) as target:
+        variables = {**os.environ, **TARGET, "TARGET_HOST": f"127.0.0.1:{target.port}"}
+        settings = {"kind": "worker", "workers": {"min": 1, "max": 1}}
+        gateway = start_gateway([str(word) for word in example], environment=variables, authenticator=settings)
+        for _ in range(2):
+            for user, secret, role in (("alice", "wonderland", "reader"), ("bob", "builder", "writer")):
+                seen = len(gateway.log_lines("login"))
+                assert log_in(gateway.port, user, secret)[0] == b"R"
+                assert gateway.wait_for("login", seen + 1)["target_user"] == role
+            assert error_fields(log_in(gateway.port, "alice", "builder")[1])["C"] == "28P01"
+        assert len(gateway.children) == 1
+
+
+def log_in(port: int, user: str, secret: str) -> tuple[bytes, bytes]:
+    """The gateway's answer to a user's password."""
+    with RawClient(port) as client:
+        client.send(startup(user=user))
+        kind, salt = client.read_message()
+        assert (kind, salt[:4]) == (b"R", b"\0\0\0\x05")
+        client.send(password(md5_answer(md5_password(secret.encode(), user.encode()), salt[4:]).decode()))
+        return client.read_message()
+
+
+@pytest.mark.parametrize("kind", ["command", "worker", "callable"])
 def test_the_typed_one_serves_behind_a_gateway(
     kind: str, start_gateway: StartGateway, postgres: ThrowawayPostgres, tmp_path: Path
 ) -> None:
@@ -181,8 +208,8 @@ def test_the_typed_one_serves_behind_a_gateway(
     script = tmp_path / "two_roles_typed.py"
     script.write_text(source)
     variables = {**os.environ, "TARGET_HOST": f"127.0.0.1:{postgres.port}"}
-    cmd = [sys.executable, str(script)] if kind == "command" else []
-    settings = {"callable": "two_roles_typed:main"} if kind == "callable" else {}
+    cmd = [] if kind == "callable" else [sys.executable, str(script)]
+    settings = {"callable": "two_roles_typed:main"} if kind == "callable" else {"kind": kind}
     gateway = start_gateway(cmd, environment=variables, authenticator=settings)
     where = {"host": "127.0.0.1", "port": gateway.port, "user": "alice", "dbname": "postgres"}
     with psycopg.connect(**where, password="wonderland") as connection:

@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -279,6 +280,25 @@ def test_headers_may_hold_secrets_by_reference(start: Callable[..., Gateway], se
     (sent,) = service.headers
     assert sent["Authorization"] == "Bearer from the environment"
     assert (sent["X-Token"], sent["X-Plain"]) == ("from a file", "pläin")
+
+
+def test_a_reload_reads_secrets_anew_and_keeps_the_old_ones_where_there_are_none(
+    start: Callable[..., Gateway], service: Service, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("the first")
+    gateway = start(service.url, http={"headers": {"X-Token": f"file:{tmp_path}/token"}})
+    assert_serves(gateway.port)
+    (tmp_path / "token").write_text("the second")
+    gateway.process.send_signal(signal.SIGHUP)
+    gateway.wait_for("authenticator loaded anew", url=service.url.partition("?")[0])
+    assert_serves(gateway.port)
+    (tmp_path / "token").unlink()
+    gateway.process.send_signal(signal.SIGHUP)
+    reason = gateway.wait_for("authenticator not loaded, the old one stays")["reason"]
+    assert reason.startswith("authenticator.http.headers: X-Token: ")
+    assert_serves(gateway.port)
+    assert [sent["X-Token"] for sent in service.headers] == ["the first", "the second", "the second"]
+    assert len(set(service.peers)) == 1
 
 
 def test_check_shows_no_header(run: Run, tmp_path: Path) -> None:
@@ -776,6 +796,25 @@ def test_a_service_with_a_valid_certificate_is_asked(
         assert len(service.requests) == 2
         assert len(set(service.requests)) == 1
     assert not gateway.log_lines("passwords cross the network in clear")
+
+
+def test_a_reload_reads_the_authorities_anew(
+    start: Callable[..., Gateway], authority: trustme.CA, ca_file: str, postgres: ThrowawayPostgres
+) -> None:
+    other = trustme.CA()
+    with TlsService(server_context(authority.issue_cert("localhost")), postgres.port) as service:
+        gateway = start(service.url, http={"ca": ca_file})
+        for number, known in enumerate((True, False, True)):
+            if number:
+                (authority if known else other).cert_pem.write_to_path(ca_file)
+                gateway.process.send_signal(signal.SIGHUP)
+                gateway.wait_for("authenticator loaded anew", number)
+            if known:
+                assert_serves(gateway.port)
+            else:
+                told, reason = refused(gateway, new_user())
+                assert told == FAILED
+                assert "unable to get local issuer" in reason
 
 
 def expired(authority: trustme.CA) -> trustme.LeafCert:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import textwrap
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,13 @@ def knock(port: int, user: str, answer: str = "md5" + "0" * 32) -> RawClient:
 def refused(port: int, user: str, answer: str = "md5" + "0" * 32) -> tuple[str, str]:
     with knock(port, user, answer) as client:
         return client.read_fatal()
+
+
+def application_name(port: int, user: str) -> str:
+    """What the function has named this user's session."""
+    with psycopg.connect(host="127.0.0.1", port=port, user=user, password="x", dbname="x") as connection:
+        ((found,),) = connection.execute("select current_setting('application_name')").fetchall()
+    return str(found)
 
 
 def named(what: str) -> str:
@@ -498,6 +507,112 @@ def test_the_gateway_ends_in_order_though_a_function_never_does(
 
 # What cannot be started
 
+# Loaded anew
+
+
+SAYS = """
+import time
+from pathlib import Path
+from pgauthproxy.authenticator import Mapping
+
+HERE = Path(__file__).parent
+
+{word} main(request):
+    if request.user.startswith("waits"):
+        (HERE / "waiting").touch()
+        while not (HERE / "go").exists():
+            time.sleep(0.005)
+    return Mapping("127.0.0.1:{port}", "postgres", database="postgres", parameters={{"application_name": "{says}"}})
+"""
+
+
+class Reloading:
+    """A gateway whose function can be written anew."""
+
+    def __init__(self, start_gateway: StartGateway, port: int, folder: Path, name: str, **settings: Any) -> None:
+        self.file = folder / f"{name.partition(':')[0].replace('.', '/')}.py"
+        self.folder = self.file.parent
+        self.folder.mkdir(exist_ok=True)
+        self._port = port
+        self.write("the first")
+        self.gateway = start_gateway([], authenticator={"callable": name, **settings})
+
+    def write(self, says: str, word: str = "def") -> None:
+        self.file.write_text(SAYS.format(port=self._port, says=says, word=word))
+
+    def reload(self, event: str = "authenticator loaded anew") -> dict[str, Any]:
+        seen = len(self.gateway.log_lines(event))
+        self.gateway.process.send_signal(signal.SIGHUP)
+        return self.gateway.wait_for(event, seen + 1)
+
+    def says(self, user: str | None = None) -> str:
+        return application_name(self.gateway.port, user or new_user())
+
+
+@pytest.fixture(params=["who:main", "package.who:main"])
+def reloading(
+    request: pytest.FixtureRequest, start_gateway: StartGateway, postgres: ThrowawayPostgres, tmp_path: Path
+) -> Reloading:
+    return Reloading(start_gateway, postgres.port, tmp_path, request.param)
+
+
+def test_a_reload_runs_its_code_anew(reloading: Reloading) -> None:
+    assert reloading.says() == "the first"
+    for word, says in (("def", "the second one"), ("async def", "one that is async"), ("def", "a plain one again")):
+        reloading.write(says, word)
+        reloading.reload()
+        assert reloading.says() == says
+
+
+@pytest.mark.parametrize("source", ["raise ValueError('a secret')\n", "def main(request)\n", "other = 5\n", None])
+def test_what_cannot_be_loaded_leaves_the_old_code_in_force(source: str | None, reloading: Reloading) -> None:
+    if source is None:
+        reloading.file.unlink()
+    else:
+        reloading.file.write_text(source)
+    line = reloading.reload("authenticator not loaded, the old one stays")
+    assert line["reason"].startswith("authenticator.callable: ")
+    assert reloading.says() == "the first"
+    reloading.write("one that is whole again")
+    reloading.reload()
+    assert reloading.says() == "one that is whole again"
+
+
+def test_a_call_that_is_under_way_ends_with_the_code_that_it_began_with(
+    start_gateway: StartGateway, postgres: ThrowawayPostgres, tmp_path: Path
+) -> None:
+    reloading = Reloading(start_gateway, postgres.port, tmp_path, "who:main", max_parallel=1)
+    with ThreadPoolExecutor() as logins:
+        waiting = logins.submit(reloading.says, named("waits"))
+        wait_until((tmp_path / "waiting").exists, "the call")
+        # It has the only place, so that this one waits for it.
+        second = named("second")
+        behind = knock(reloading.gateway.port, second)
+        reloading.write("the second one")
+        reloading.reload()
+        assert reloading.says() == "the second one"
+        (tmp_path / "go").touch()
+        assert waiting.result() == "the first"
+    with behind:
+        reloading.gateway.wait_for("login", user=second)
+
+
+# With others
+
+
+@pytest.mark.parametrize("name", ["who:plain", "who:later"])
+def test_in_a_chain_its_refusal_lets_the_next_be_asked_and_its_failure_does_not(
+    name: str, start_gateway: StartGateway, postgres: ThrowawayPostgres, tmp_path: Path
+) -> None:
+    write(tmp_path, postgres)
+    (tmp_path / "others.py").write_text(SAYS.format(port=postgres.port, says="others", word="def"))
+    gateway = start_gateway([], authenticator={"chain": [{"callable": name}, {"callable": "others:main"}]})
+    user = new_user()
+    assert application_name(gateway.port, user) == f"for {user}"
+    assert application_name(gateway.port, named("denied")) == "others"
+    assert refused(gateway.port, named("raises")) == FAILED
+
+
 MODULES = {
     "broken": "def main(request)\n",
     "raising": "raise ValueError('no\\nluck')\n",
@@ -538,7 +653,7 @@ def test_a_callable_that_cannot_be_had_stops_the_start_with_one_clear_line(
 
 def test_two_authenticators_are_one_too_many(run: Run, tmp_path: Path) -> None:
     configure(tmp_path, authenticator={"callable": "good:main", "cmd": ["true"]})
-    assert_one_clear_line(run(), "authenticator.kind", "command, python")
+    assert_one_clear_line(run(), "authenticator.kind: must say which, since cmd and callable are set")
 
 
 def test_the_kind_decides_between_two(run: Run, tmp_path: Path) -> None:
@@ -549,10 +664,20 @@ def test_the_kind_decides_between_two(run: Run, tmp_path: Path) -> None:
     assert "authenticator.kind = python" in done.stdout
 
 
-@pytest.mark.parametrize(("kind", "key"), [("python", "authenticator.callable"), ("command", "authenticator.cmd")])
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("command", "cmd"),
+        ("worker", "cmd"),
+        ("python", "callable"),
+        ("http", "http.url"),
+        ("users", "users.file"),
+        ("chain", "chain"),
+    ],
+)
 def test_a_kind_without_its_own_settings_is_named(kind: str, key: str, run: Run, tmp_path: Path) -> None:
     configure(tmp_path, authenticator={"kind": kind})
-    assert_one_clear_line(run(), key, f"kind {kind} needs it")
+    assert_one_clear_line(run(), f"authenticator.kind: {kind} needs {key}")
 
 
 # Installed packages
