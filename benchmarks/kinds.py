@@ -21,10 +21,12 @@ from peers import (
     Bench,
     Peer,
     Recipe,
+    clocked,
     configured_gateway,
     direct,
     find_program,
     haproxy,
+    latenesses_file,
     package_environment,
 )
 from processes import LOOPBACK
@@ -35,10 +37,12 @@ WARM = 16
 CONFIGURATION = """\
 listen: {host}:{port}
 max_clients: {most}
+max_logins: {most}
 authenticator:
   method: METHOD
 """
 COMMAND = "  cmd: [{authenticator}]\n"
+FOUR_WORKERS = "  kind: worker\n  cmd: [{authenticator}, worker]\n  workers: {{min: 4, max: 4}}\n"
 WORKER = "  kind: worker\n  cmd: [{authenticator}, worker]\n  workers: {{min: 2, max: 8}}\n"
 IN_PROCESS = "  callable: in_process:decide\n"
 USERS = "  users: {{file: {folder}/people.yaml}}\n"
@@ -89,6 +93,15 @@ users:
 """
     )
     file.chmod(0o600)
+
+
+@contextlib.contextmanager
+def four_workers(bench: Bench) -> Iterator[Peer]:
+    """Our gateway with four workers and a clock in its event loop; see peers.stalled_gateway."""
+    latenesses_file(bench).unlink(missing_ok=True)
+    template = CONFIGURATION.replace("METHOD", "md5") + FOUR_WORKERS
+    with configured_gateway(bench, "gateway", clocked(bench, "--megabytes", "1"), template) as peer:
+        yield replace(peer, user=LOGIN_ROLES["md5"])
 
 
 def kind_peers(method: str, wanted: Callable[[str], bool]) -> dict[str, Recipe]:

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from kinds import kind_peers, tls_target_peers
+from kinds import four_workers, kind_peers, tls_target_peers
 from peers import DATABASE, HERE, LOGIN_ROLES, PASSWORD, Bench, Peer, Recipe, latenesses_file, stalled_gateway
 from processes import (
     END_SECONDS,
@@ -45,6 +45,7 @@ IDLE_SESSIONS = 1_000
 IDLE_CPU_SESSIONS = 2_000
 IDLE_CPU_SECONDS = 5.0
 STALL_LOGINS = 200
+BURST_LOGINS = 1_000
 STALL_PERCENTILE = 0.999
 
 LOGIN_SECONDS_AT_MOST = 120.0
@@ -385,6 +386,23 @@ def stall(bench: Bench, peer: Peer) -> Iterator[Reading]:
     yield Reading("stall_percentile_quiet", percentile(still, STALL_PERCENTILE) * 1e3)
 
 
+def burst(bench: Bench, peer: Peer) -> Iterator[Reading]:
+    """A thousand clients who log in at once, and how late a timer in the gateway's loop fires meanwhile."""
+    assert peer.process is not None, "the recipe starts a gateway"
+    warm_up(bench, peer)
+    begun = time.monotonic()
+    seen = log_in(bench, peer, most=BURST_LOGINS, clients=BURST_LOGINS)
+    done = time.monotonic()
+    bench.wait_for_quiet()
+    end(peer.process)
+    if seen.done != BURST_LOGINS:
+        raise MeasurementFailed(f"{seen.done} of {BURST_LOGINS} were let in")
+    busy = sorted(late for due, late in read_latenesses(latenesses_file(bench)) if begun <= due < done)
+    yield Reading("burst_seconds", seen.seconds)
+    yield Reading("burst_stall_percentile", percentile(busy, STALL_PERCENTILE) * 1e3)
+    yield Reading("burst_stall_longest", busy[-1] * 1e3)
+
+
 def read_latenesses(file: Path) -> list[tuple[float, float]]:
     """When each tick was due and how late it came, in seconds; what stalled_gateway.py wrote."""
     if not file.exists():
@@ -433,6 +451,7 @@ MEASUREMENTS = (
     Measurement("idle", idle, every_proxy),
     Measurement("row", large_row, every_proxy),
     Measurement("stall", stall, our_gateway, stalled_gateway),
+    Measurement("burst", burst, our_gateway, four_workers),
     over_tls("pgbench-1", partial(transactions, clients=1)),
     over_tls("pgbench-16", partial(transactions, clients=16)),
     over_tls("copy-out", copy_out),

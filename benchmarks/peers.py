@@ -399,9 +399,13 @@ def latenesses_file(bench: Bench) -> Path:
 def stalled_gateway(bench: Bench) -> Iterator[Peer]:
     """Our gateway, made big, with a clock in its event loop: it writes `latenesses_file` when it ends."""
     latenesses_file(bench).unlink(missing_ok=True)  # an earlier repeat's must not pass for this one's
-    runner = (*PYTHON, str(HERE / "stalled_gateway.py"), "--latenesses", str(latenesses_file(bench)))
-    with gateway(bench, name="gateway", command=runner) as peer:
+    with gateway(bench, name="gateway", command=clocked(bench)) as peer:
         yield peer
+
+
+def clocked(bench: Bench, *words: str) -> tuple[str, ...]:
+    """The command of our gateway with a clock in its event loop."""
+    return (*PYTHON, str(HERE / "stalled_gateway.py"), "--latenesses", str(latenesses_file(bench)), *words)
 
 
 def log_of(bench: Bench, name: str) -> Path:
