@@ -5,8 +5,10 @@ import secrets
 from pathlib import Path
 
 from pgauthproxy import _relay
+from pgauthproxy.auth import references
 from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
+from pgauthproxy.auth.targets import Target
 from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.events import AuthenticatorSaid, Sink, ignore
@@ -19,6 +21,7 @@ from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
 from pgauthproxy.net.listen import ListenError, parse_listen
 from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of
+from pgauthproxy.proto import client_login
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import TargetTls
@@ -32,11 +35,122 @@ def tcp_options(settings: Settings) -> TcpOptions:
 
 def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     """The authenticator that the settings ask for, not started yet. Raises AuthenticatorConfigError."""
+    authenticator = _deciding(settings, sink)
+    if settings.authenticator.vault.address:
+        return _vault(settings, authenticator, sink)
+    return authenticator
+
+
+def _deciding(settings: Settings, sink: Sink) -> Authenticator:
     match settings.kind:
         case "command":
             return _command(settings, sink)
+        case "ldap":
+            return _ldap(settings, sink)
+        case "jwt":
+            return _jwt(settings, sink)
         case None:
             raise AuthenticatorConfigError("authenticator.cmd: no authenticator is configured")
+
+
+def _missing(extra: str, error: ModuleNotFoundError) -> AuthenticatorConfigError:
+    return AuthenticatorConfigError(
+        f"authenticator.{extra}: needs the package {error.name}: pip install 'pgauthproxy[{extra}]'"
+    )
+
+
+def named_targets(settings: Settings) -> dict[str, Target]:
+    """The targets that rules may name. Raises AuthenticatorConfigError, which names the key."""
+    targets = {}
+    for name, spec in settings.authenticator.targets.items():
+        try:
+            targets[name] = Target(spec)
+        except AuthenticatorConfigError as error:
+            raise AuthenticatorConfigError(f"authenticator.targets.{name}: {error}") from None
+    return targets
+
+
+def secret_of(key: str, text: str) -> Secret:
+    """A secret that is given by reference, or as it is. Raises AuthenticatorConfigError, which names the key."""
+    try:
+        return references.resolve(text)
+    except AuthenticatorConfigError as error:
+        raise AuthenticatorConfigError(f"{key}: {error}") from None
+
+
+def _ldap(settings: Settings, sink: Sink) -> Authenticator:
+    try:
+        from pgauthproxy.auth.ldap import LdapAuthenticator, LdapPolicy, Rule
+    except ModuleNotFoundError as error:
+        raise _missing("ldap", error) from None
+    wanted = settings.authenticator.ldap
+    policy = LdapPolicy(
+        urls=tuple(wanted.url),
+        start_tls=wanted.start_tls,
+        allow_plain=wanted.allow_plain,
+        ca=wanted.ca,
+        user_dn=wanted.user_dn,
+        base=wanted.base,
+        filter=wanted.filter,
+        scope=wanted.scope,
+        bind_dn=wanted.bind_dn,
+        bind_password=secret_of("authenticator.ldap.bind_password", wanted.bind_password),
+        name_attribute=wanted.name_attribute,
+        group_filter=wanted.group_filter,
+        timeout=wanted.timeout,
+        max_parallel=wanted.max_parallel,
+    )
+    rules = [Rule(rule.target, rule.group, rule.filter) for rule in wanted.rules]
+    return LdapAuthenticator(policy, rules, named_targets(settings), sink)
+
+
+def _jwt(settings: Settings, sink: Sink) -> Authenticator:
+    try:
+        from pgauthproxy.auth.jwt import JwtAuthenticator, JwtPolicy, KeySource, Rule
+    except ModuleNotFoundError as error:
+        raise _missing("jwt", error) from None
+    wanted = settings.authenticator.jwt
+    source = KeySource(
+        file=wanted.jwks_file,
+        url=wanted.jwks_url,
+        ca=wanted.jwks_ca,
+        refresh=wanted.jwks_seconds,
+        interval=wanted.jwks_min_seconds,
+        timeout=wanted.jwks_timeout,
+    )
+    policy = JwtPolicy(
+        algorithms=tuple(wanted.algorithms),
+        issuer=wanted.issuer,
+        audience=tuple(wanted.audience),
+        leeway=wanted.leeway,
+        required_claims=tuple(wanted.required_claims),
+        max_token=wanted.max_token,
+        user_claim=wanted.user_claim,
+        user_is=wanted.user_is,
+        end_with_token=wanted.end_with_token,
+    )
+    rules = [Rule(rule.target, rule.claim, rule.equals, rule.contains) for rule in wanted.rules]
+    return JwtAuthenticator(source, policy, rules, named_targets(settings), sink)
+
+
+def _vault(settings: Settings, inner: Authenticator, sink: Sink) -> Authenticator:
+    try:
+        from pgauthproxy.auth.vault import VaultAuthenticator
+        from pgauthproxy.auth.vault_client import VaultPolicy
+    except ModuleNotFoundError as error:
+        raise _missing("vault", error) from None
+    wanted = settings.authenticator.vault
+    policy = VaultPolicy(
+        address=wanted.address,
+        ca=wanted.ca,
+        namespace=wanted.namespace,
+        token=secret_of("authenticator.vault.token", wanted.token),
+        role_id=wanted.role_id,
+        secret_id=secret_of("authenticator.vault.secret_id", wanted.secret_id),
+        approle_mount=wanted.approle_mount,
+        timeout=wanted.timeout,
+    )
+    return VaultAuthenticator(policy, inner, sink)
 
 
 def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
@@ -107,6 +221,7 @@ def build_admission(settings: Settings, sink: Sink) -> Admission:
         max_password_message=settings.max_password_message,
         max_sasl_message=settings.max_sasl_message,
         tls_required=settings.tls_mode == "require",
+        token_error=client_login.token_error(settings.oauth_issuer, settings.authenticator.oauth.scope),
     )
     return Admission(
         authenticator=build_authenticator(settings, sink),

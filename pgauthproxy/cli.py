@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import click
+import msgspec
 
 from pgauthproxy import worker
 from pgauthproxy._digest import md5_password
@@ -136,7 +137,9 @@ def _shown(key: schema.Key, value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, dict):
         return ", ".join(value)
-    return ", ".join(value) if isinstance(value, list) else f"{value}"
+    if isinstance(value, list):
+        return ", ".join(item if isinstance(item, str) else msgspec.json.encode(item).decode() for item in value)
+    return f"{value}"
 
 
 @_command.command("hash-password")

@@ -28,6 +28,8 @@ from pgauthproxy.stages import Accepted
 DESCRIPTORS_FOR_ITSELF: Final = 64
 DESCRIPTORS_OF_A_SESSION: Final = 2
 DESCRIPTORS_OF_AN_AUTHENTICATOR: Final = 10
+RELEASE_SECONDS: Final = 5.0
+"""How long the end waits for what sessions have given back to arrive."""
 LOCAL_CLIENT: Final = "[local]"
 MAPPED_PREFIX: Final = "::ffff:"
 
@@ -183,6 +185,8 @@ class Worker:
             for session in list(self._gateway.sessions):
                 session.end(CloseReason.SHUTDOWN, b"terminating connection due to administrator command")
             await self._wait_for_end(min(1.0, self._settings.close_timeout))
+        if self._gateway.releasing:
+            await asyncio.wait(self._gateway.releasing, timeout=RELEASE_SECONDS)
         await self._gateway.admission.authenticator.close()
         self._sink(Noticed("info", "ended"))
 

@@ -10,12 +10,12 @@ from typing import Final
 import msgspec
 
 from pgauthproxy.auth import references
-from pgauthproxy.auth.fields import MD5_CREDENTIAL, NonsenseError, parse_hosts
+from pgauthproxy.auth.fields import MD5_CREDENTIAL, VAULT, NonsenseError, parse_hosts, parse_leased
 from pgauthproxy.auth.model import AuthenticatorConfigError
-from pgauthproxy.stages import Mapping, Password, Started, StoredMd5
+from pgauthproxy.stages import Leased, Mapping, Password, Started, StoredMd5
 
 TEMPLATE_NAMES: Final = ("user", "database", "address", "session", "certificate")
-PASSED_ON: Final = ["client_encoding", "DateStyle", "IntervalStyle", "TimeZone", "extra_float_digits"]
+PASSED_ON: Final = ("client_encoding", "DateStyle", "IntervalStyle", "TimeZone", "extra_float_digits")
 
 
 class TargetTlsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -34,7 +34,8 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
 
     `host`: one or several, tried in order. `user`, `database`, `application_name` and the values of `parameters` are
     templates; without a `database` it is the one that was asked for, without `application_name` the client's own.
-    `password` is a reference, a password, or an MD5 hash. `pass`: which of the client's startup parameters go on.
+    `password` is a reference, a password, an MD5 hash, or `vault:` and a path, whose user then takes the place of
+    `user`. `pass`: which of the client's startup parameters go on.
     `session_seconds`: how long a session may live. `warm`: how many connections stand open before they are needed.
     """
 
@@ -44,7 +45,7 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     password: str = ""
     application_name: str = ""
     parameters: dict[str, str] = {}
-    pass_on: list[str] = PASSED_ON
+    pass_on: list[str] = msgspec.field(default_factory=lambda: [*PASSED_ON])
     tls: TargetTlsSpec = TargetTlsSpec()
     session_seconds: float | None = None
     warm: int | None = None
@@ -120,8 +121,13 @@ def _check_template(name: str, template: str) -> None:
             raise AuthenticatorConfigError(f"{name}: in braces stand only {known}")
 
 
-def _credential(text: str) -> Password | StoredMd5 | None:
+def _credential(text: str) -> Password | StoredMd5 | Leased | None:
     if not text:
         return None
+    if text.startswith(VAULT.decode()):
+        try:
+            return parse_leased(text.encode(errors="surrogateescape"))
+        except NonsenseError as error:
+            raise AuthenticatorConfigError(str(error)) from None
     secret = references.resolve(text)
     return StoredMd5(secret) if MD5_CREDENTIAL.fullmatch(secret.reveal()) else Password(secret)

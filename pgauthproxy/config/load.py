@@ -117,12 +117,12 @@ def _convert(key: Key, value: object) -> object:
     if isinstance(value, str):
         if key.path == "authenticator.cmd":
             value = shlex.split(value)
+        elif key.holds_structs:
+            value = yaml.safe_load(value)
         elif isinstance(key.default, list) or key.path == "authenticator.env":
             value = [part.strip() for part in value.split(",")]
         elif isinstance(key.default, bool):
             value = _parse_bool(value)
-        elif isinstance(key.default, dict):
-            value = yaml.safe_load(value)
     return msgspec.convert(value, key.type, strict=False)
 
 

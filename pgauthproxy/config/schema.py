@@ -5,17 +5,20 @@ The text under a setting is its documentation. Times are seconds, sizes are byte
 
 import os
 from collections.abc import Iterator
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta
+
+from pgauthproxy.auth.targets import TargetSpec
 
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 BoundedBytes = Annotated[int, Meta(ge=1, le=1 << 24)]
-Kind = Literal["command"]
-Method = Literal["md5", "cleartext", "scram-sha-256", "cert"]
+Kind = Literal["command", "ldap", "jwt"]
+Method = Literal["md5", "cleartext", "scram-sha-256", "cert", "oauth"]
+Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "ES256K", "EdDSA"]
 TargetTlsMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
 Level = Literal["debug", "info", "warning", "error"]
 
@@ -27,6 +30,139 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def _default_parallel() -> int:
     """2 for each core, at least 8"""
     return max(8, 2 * (os.cpu_count() or 1))
+
+
+class LdapRule(_Settings, frozen=True):
+    """Who is sent where. Without `group` and `filter` it is for everybody."""
+
+    target: str
+    group: str = ""
+    """The DN of a group that the user must be in."""
+    filter: str = ""
+    """A filter that the user's entry must match."""
+
+
+class LdapSettings(_Settings, frozen=True):
+    """A directory that knows the passwords."""
+
+    url: list[str] = []
+    """`ldaps://host:port` or `ldap://host:port`, or several that are tried in order."""
+    start_tls: bool = False
+    """Begin TLS on `ldap://` connections before anything is said there."""
+    allow_plain: bool = False
+    """Send passwords over `ldap://` without TLS to others than loopback. Warned about at each start."""
+    ca: str = ""
+    """The authorities that the directory's certificate must be signed by, a PEM file. Without it: the system's."""
+    user_dn: str = ""
+    """The user's DN, `{user}` in the place of the name: `uid={user},ou=people,dc=example,dc=com`. The other way is to
+    look for it, with `base` and `filter`."""
+    base: str = ""
+    """Where users are looked for."""
+    filter: str = "(uid={user})"
+    """What finds exactly the one entry of a user, `{user}` in the place of the name."""
+    scope: Literal["sub", "one"] = "sub"
+    """How deep below `base` users may be."""
+    bind_dn: str = ""
+    """Who looks for users and their groups, over connections that are kept. Without it users are looked for by nobody
+    in particular (anonymously), and look for their groups themselves."""
+    bind_password: str = ""
+    """Its password: `env:NAME`, `file:/path`, or the password."""
+    name_attribute: str | None = None
+    """The attribute of a user's entry that must be the name that the client gave, to the letter: a directory finds
+    `Alice` for `alice`, PostgreSQL knows two roles. Without it: the one before `={user}` in `user_dn` or `filter`.
+    Empty: not looked at."""
+    group_filter: str = "(|(member={dn})(uniqueMember={dn})(memberUid={user}))"
+    """What the entry of a group must match for a user to be in it."""
+    rules: list[LdapRule] = []
+    """Who is sent where, the first that fits: a list of `{group: DN, target: NAME}`, `{filter: FILTER, target: NAME}`
+    and, for everybody, `{target: NAME}`."""
+    timeout: Positive = 5.0
+    """For each step: connecting with TLS, a bind, a search."""
+    max_parallel: Annotated[int, Meta(ge=1, le=256)] = 16
+    """How many logins are asked about at once; others wait."""
+
+
+class JwtRule(_Settings, frozen=True):
+    """Who is sent where. Without `claim` it is for everybody."""
+
+    target: str
+    claim: str = ""
+    """The name of a claim, or a path with dots: `realm_access.roles`."""
+    equals: str | None = None
+    """What it must be."""
+    contains: str | None = None
+    """What must be in it: in a list, or a word of a text."""
+
+
+class JwtSettings(_Settings, frozen=True):
+    """Tokens in the place of passwords."""
+
+    jwks_file: str = ""
+    """The issuer's keys, a JSON Web Key Set. Read anew as a URL is."""
+    jwks_url: str = ""
+    """Where the issuer publishes its keys, `https://…` (`http://` to loopback only)."""
+    jwks_ca: str = ""
+    """The authorities that its certificate must be signed by, a PEM file. Without it: the system's."""
+    jwks_seconds: Positive = 300.0
+    """How old keys may be before they are read anew. The old ones serve meanwhile, and as long as that fails."""
+    jwks_min_seconds: Positive = 10.0
+    """The least time between two readings, however many tokens name keys that are not known."""
+    jwks_timeout: Positive = 5.0
+    """For one reading."""
+    algorithms: Annotated[list[Algorithm], Meta(min_length=1)] = msgspec.field(
+        default_factory=lambda: ["RS256", "ES256", "EdDSA"]
+    )
+    """What tokens may be signed with; public-key algorithms only."""
+    issuer: str = ""
+    """What `iss` must be."""
+    audience: list[str] = []
+    """`aud` must hold one of these."""
+    leeway: NotNegative = 10.0
+    """How far clocks may be apart."""
+    required_claims: list[str] = []
+    """What a token must have besides `iss`, `aud`, `exp` and the user's claim."""
+    max_token: Annotated[int, Meta(ge=64, le=65_531)] = 16_384
+    """Longest token."""
+    user_claim: str = "sub"
+    """The claim that says who the user is (as in a rule)."""
+    user_is: str = "{user}"
+    """What that claim must be, to the letter, `{user}` being the PostgreSQL user that the client asks for:
+    `{user}@example.com`."""
+    end_with_token: bool = False
+    """End the session when its token expires."""
+    rules: list[JwtRule] = []
+    """Who is sent where, the first that fits: a list of `{claim: NAME, equals: VALUE, target: NAME}`,
+    `{claim: NAME, contains: VALUE, target: NAME}` and, for everybody, `{target: NAME}`."""
+
+
+class OauthSettings(_Settings, frozen=True):
+    """What clients of method `oauth` are told."""
+
+    issuer: str = ""
+    """Who gives tokens: the issuer's URL, as libpq's `oauth_issuer` has it. Without it: `authenticator.jwt.issuer`."""
+    scope: str = ""
+    """The scopes that a token needs, with spaces between."""
+
+
+class VaultSettings(_Settings, frozen=True):
+    """HashiCorp Vault, where credentials `vault:PATH` come from, whatever the kind of the authenticator."""
+
+    address: str = ""
+    """`https://host:port` (`http://` to loopback only). Without it there is no Vault."""
+    ca: str = ""
+    """The authorities that its certificate must be signed by, a PEM file. Without it: the system's."""
+    namespace: str = ""
+    """The namespace, in Vault Enterprise."""
+    token: str = ""
+    """The gateway's token: `env:NAME`, `file:/path`, or the token. It is renewed as long as it can be."""
+    role_id: str = ""
+    """With AppRole in the place of a token: the role's id."""
+    secret_id: str = ""
+    """With AppRole: `env:NAME`, `file:/path`, or the secret id. Empty if the role needs none."""
+    approle_mount: str = "approle"
+    """Where AppRole is mounted."""
+    timeout: Positive = 10.0
+    """For getting a credential, all tries together, and for giving it back. Should be below `login_timeout`."""
 
 
 class AuthenticatorSettings(_Settings, frozen=True):
@@ -41,7 +177,7 @@ class AuthenticatorSettings(_Settings, frozen=True):
     method: Method | None = None
     """How clients prove who they are. `md5` (the default): a salted MD5 of the password, which the authenticator
     judges. `cleartext`: the password as it is. `scram-sha-256`: the authenticator gives a verifier, the gateway
-    compares. `cert`: by a client certificate alone."""
+    compares. `cert`: by a client certificate alone. `oauth`: by a bearer token, over TLS alone."""
     cleartext_password: bool = False
     """The old way to say `method: cleartext`."""
     scram_iterations: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
@@ -61,6 +197,13 @@ class AuthenticatorSettings(_Settings, frozen=True):
     """Lines of output; more are an error."""
     max_errors: BoundedBytes = 65_536
     """Bytes of standard error that reach the log, in at most 256 lines; the rest is dropped."""
+    targets: dict[str, TargetSpec] = {}
+    """Named targets, for kinds that map by rules: a mapping of name to `host`, `user`, `database`, `password`,
+    `application_name`, `parameters`, `pass`, `tls`, `session_seconds`, `warm`."""
+    ldap: LdapSettings = LdapSettings()
+    jwt: JwtSettings = JwtSettings()
+    oauth: OauthSettings = OauthSettings()
+    vault: VaultSettings = VaultSettings()
 
 
 class CertificateSettings(_Settings, frozen=True):
@@ -207,12 +350,22 @@ class Settings(_Settings, frozen=True):
         return asked.method or ("cleartext" if asked.cleartext_password else "md5")
 
     @property
+    def oauth_issuer(self) -> str:
+        """Who gives bearer tokens."""
+        return self.authenticator.oauth.issuer or self.authenticator.jwt.issuer
+
+    @property
     def tls_mode(self) -> str:
         """The mode of TLS with clients that is in force."""
         return self.tls.mode or ("allow" if self.tls.cert else "disable")
 
 
-SECRET_PATHS: Final = ("authenticator.scram_seed",)
+SECRET_PATHS: Final = (
+    "authenticator.scram_seed",
+    "authenticator.ldap.bind_password",
+    "authenticator.vault.token",
+    "authenticator.vault.secret_id",
+)
 """Settings whose values are shown to nobody."""
 
 
@@ -228,6 +381,12 @@ class Key(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         return self.path.rpartition(".")[2]
+
+    @property
+    def holds_structs(self) -> bool:
+        """Whether it is a list or a mapping of what has settings of its own; as text it is YAML."""
+        inner = get_args(self.type)[-1:]
+        return bool(inner) and isinstance(inner[0], type) and issubclass(inner[0], msgspec.Struct)
 
     @property
     def environment_name(self) -> str:
@@ -249,7 +408,12 @@ def all_keys(struct: type[msgspec.Struct] = Settings, prefix: str = "") -> Itera
 
 def in_force(settings: Settings, key: Key) -> object:
     """The value of one setting; where it is not set and something follows from that, what follows."""
-    following = {"authenticator.kind": "kind", "authenticator.method": "method", "tls.mode": "tls_mode"}
+    following = {
+        "authenticator.kind": "kind",
+        "authenticator.method": "method",
+        "authenticator.oauth.issuer": "oauth_issuer",
+        "tls.mode": "tls_mode",
+    }
     if key.path in following:
         return getattr(settings, following[key.path])
     value: object = settings
@@ -270,3 +434,11 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield f"tls.client_cert: {settings.tls.client_cert} needs tls.client_ca"
     if settings.method == "cert" and (settings.tls_mode == "disable" or settings.tls.client_cert == "none"):
         yield "authenticator.method: cert needs TLS, and tls.client_cert optional or require"
+    if settings.kind == "ldap" and settings.method != "cleartext":
+        yield "authenticator.method: kind ldap needs cleartext: the directory takes nothing but the password itself"
+    if settings.kind == "jwt" and settings.method not in ("cleartext", "oauth"):
+        yield "authenticator.method: kind jwt needs cleartext or oauth, for the token to come as it is"
+    if settings.method == "oauth" and settings.tls_mode == "disable":
+        yield "authenticator.method: oauth needs TLS"
+    if settings.method == "oauth" and not settings.oauth_issuer:
+        yield "authenticator.oauth.issuer: oauth needs it"
