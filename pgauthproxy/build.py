@@ -20,7 +20,7 @@ from pgauthproxy.gateway.session import Gateway
 from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
 from pgauthproxy.net.listen import ListenError, parse_listen
-from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of
+from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of, resolve
 from pgauthproxy.proto import client_login
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.secret import Secret
@@ -198,6 +198,15 @@ def target_tls(settings: Settings) -> TargetTls:
     return TargetTls(tls.mode, tls.ca, tls.cert, tls.key, tls.negotiation, tls.name)
 
 
+def check_target_tls(settings: Settings) -> None:
+    """Reads the files that TLS with targets takes by default. Raises TlsConfigError."""
+    wanted = target_tls(settings)
+    if fault := fault_of(wanted):
+        raise TlsConfigError(fault)
+    if wanted.mode != "disable":
+        build_target_context(resolve(wanted, ()))
+
+
 def build_client_tls(settings: Settings) -> ClientSide | None:
     """TLS with clients; None if there is none. Reads files, raises TlsConfigError."""
     tls = settings.tls
@@ -256,13 +265,10 @@ def faults_of(settings: Settings) -> list[str]:
         build_client_tls(settings)
     except TlsConfigError as error:
         faults.append(f"tls: {error}")
-    if fault := fault_of(target_tls(settings)):
-        faults.append(f"target.tls: {fault}")
-    elif settings.target.tls.mode != "disable":
-        try:
-            build_target_context(target_tls(settings))
-        except TlsConfigError as error:
-            faults.append(f"target.tls: {error}")
+    try:
+        check_target_tls(settings)
+    except TlsConfigError as error:
+        faults.append(f"target.tls: {error}")
     return faults
 
 

@@ -13,7 +13,7 @@ import msgspec
 import uvloop
 
 from pgauthproxy import _spawn
-from pgauthproxy.build import build_client_tls, build_gateway, tcp_options
+from pgauthproxy.build import build_client_tls, build_gateway, check_target_tls, tcp_options
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import GatewayFault
 from pgauthproxy.events import CloseReason, Noticed, Refused, Sink
@@ -116,6 +116,8 @@ class Worker:
     def _start(self, listening: list[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_exception)
+        # It may be called by any thread.
+        sys.unraisablehook = lambda found: loop.call_soon_threadsafe(self._report_unraisable, found.exc_value)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -164,6 +166,7 @@ class Worker:
         """Reads certificates anew, for connections from here on. What cannot be used leaves the old ones in force."""
         try:
             client_tls = build_client_tls(self._settings)
+            check_target_tls(self._settings)
         except TlsConfigError as error:
             self._sink(Noticed("error", "certificates not loaded, the old ones stay", (("reason", str(error)),)))
             return
@@ -197,10 +200,19 @@ class Worker:
         except TimeoutError:
             return
 
+    def _report_unraisable(self, error: BaseException | None) -> None:
+        """What Python would write to standard error itself, past the log."""
+        if isinstance(error, UnicodeDecodeError):
+            # A client asks by TLS for a host whose name is no ASCII: its handshake fails, which has a line of its own.
+            return
+        self._report_internal("an exception that nobody could be told of", error)
+
     def _report_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self._report_internal(str(context.get("message")), context.get("exception"))
+
+    def _report_internal(self, what: str, error: object) -> None:
         """A bug of ours: where it happened, never with what values."""
-        error = context.get("exception")
-        facts: list[tuple[str, object]] = [("what", str(context.get("message")))]
+        facts: list[tuple[str, object]] = [("what", what)]
         if isinstance(error, BaseException):
             trace = error.__traceback__
             while trace is not None and trace.tb_next is not None:

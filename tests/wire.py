@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -10,6 +11,7 @@ from types import TracebackType
 
 SECONDS = 20
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+CANCEL_REQUEST = 80877102
 GSSENC_REQUEST = struct.pack("!ii", 8, 80877104)
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 """The value of SO_LINGER that makes a close a reset."""
@@ -36,6 +38,10 @@ def password(text: str = "md5" + "0" * 32) -> bytes:
 
 def query(sql: str) -> bytes:
     return message(b"Q", sql.encode() + b"\0")
+
+
+def cancel_request(key: bytes) -> bytes:
+    return struct.pack("!ii", 8 + len(key), CANCEL_REQUEST) + key
 
 
 def error_fields(body: bytes) -> dict[str, str]:
@@ -122,11 +128,18 @@ class RawClient:
 class ScriptedTarget:
     """A target that does what `script(connection)` does, for each connection, in a thread of its own.
 
-    It speaks no TLS, and says so before the script begins.
+    Before that it does what `opens` does, which gives the connection that the script gets. Unless that is said, it
+    speaks no TLS, and says so.
     """
 
-    def __init__(self, script: Callable[[socket.socket], None], host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        script: Callable[[socket.socket], None],
+        host: str = "127.0.0.1",
+        opens: Callable[[socket.socket], socket.socket] | None = None,
+    ) -> None:
         self._script = script
+        self._opens = opens or refuse_tls
         self._listening = socket.create_server((host, 0))
         self.port: int = self._listening.getsockname()[1]
         self.failures: list[BaseException] = []
@@ -149,8 +162,11 @@ class ScriptedTarget:
                 continue
         for thread in self._threads:
             thread.join(SECONDS)
-        if kind is None and self.failures:
+        if error is None and self.failures:
             raise self.failures[0]
+        for failure in self.failures:
+            assert error is not None
+            error.add_note(f"the target failed: {failure!r}")
 
     def _accept(self) -> None:
         while True:
@@ -164,10 +180,12 @@ class ScriptedTarget:
             self._threads.append(thread)
             thread.start()
 
-    def _serve(self, connection: socket.socket) -> None:
-        with connection:
+    def _serve(self, accepted: socket.socket) -> None:
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(accepted)
             try:
-                refuse_tls(connection)
+                connection = opened.enter_context(self._opens(accepted))
+                self._open.append(connection)
                 self._script(connection)
             except (ConnectionError, BrokenPipeError):
                 return
@@ -175,17 +193,28 @@ class ScriptedTarget:
                 self.failures.append(failure)
 
 
-def refuse_tls(connection: socket.socket) -> None:
+def refuse_tls(connection: socket.socket) -> socket.socket:
     """Answers an SSLRequest, if that is what comes first."""
     if connection.recv(len(SSL_REQUEST), socket.MSG_PEEK | socket.MSG_WAITALL) == SSL_REQUEST:
         connection.recv(len(SSL_REQUEST), socket.MSG_WAITALL)
         connection.sendall(b"N")
+    return connection
+
+
+def read_exactly(connection: socket.socket, size: int) -> bytes:
+    """This many bytes, less only at the end of what comes."""
+    data = bytearray()
+    while len(data) < size and (chunk := connection.recv(min(1 << 20, size - len(data)))):
+        data += chunk
+    return bytes(data)
 
 
 def read_startup(connection: socket.socket) -> bytes:
-    """The body of the startup packet that a target is sent."""
-    length = struct.unpack("!i", connection.recv(4, socket.MSG_WAITALL))[0]
-    return connection.recv(length - 4, socket.MSG_WAITALL)
+    """The body of the startup packet that a target is sent. Raises ConnectionAbortedError if none comes."""
+    header = read_exactly(connection, 4)
+    if len(header) < 4:
+        raise ConnectionAbortedError("no startup packet")
+    return read_exactly(connection, struct.unpack("!i", header)[0] - 4)
 
 
 AUTH_OK = message(b"R", struct.pack("!i", 0))

@@ -123,6 +123,9 @@ def _convert(key: Key, value: object) -> object:
             value = [part.strip() for part in value.split(",")]
         elif isinstance(key.default, bool):
             value = _parse_bool(value)
+    elif isinstance(value, float) and isinstance(key.default, str):
+        # A version, 1.3 say, as people write it.
+        value = str(value)
     return msgspec.convert(value, key.type, strict=False)
 
 

@@ -5,6 +5,8 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from pgauthproxy import _relay
 from pgauthproxy.errors import (
     CANNOT_CONNECT,
@@ -102,8 +104,11 @@ class Targets:
     async def cancel(self, address: Address, plan: TlsPlan | None, key: bytes) -> None:
         """Sends a cancel request; returns once the target has closed, as it does when it has acted.
 
-        Raises DialError and TargetFault. The time-out is the caller's.
+        `plan` is None if the session speaks no TLS. Raises DialError and TargetFault. The time-out is the caller's.
         """
+        if plan is not None:
+            # It may have been a matter of choice for the session, but the key opens what TLS has kept to itself.
+            plan = msgspec.structs.replace(plan, required=True)
         connection = await dial.connect(address, self.policy.connect_timeout, self.policy.tcp)
         leg = TargetLeg(connection, self.buffer)
         try:

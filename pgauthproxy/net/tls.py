@@ -49,16 +49,16 @@ class CertificateFiles:
 def load_certificate(context: ssl.SSLContext, files: CertificateFiles) -> None:
     """Raises TlsConfigError."""
     check_key_file(files.key)
+
+    def refuse_to_ask() -> str:
+        raise TlsConfigError(f"{files.key}: is encrypted, and nobody is there to be asked for its password")
+
     try:
-        context.load_cert_chain(files.cert, files.key, password=_refuse_password)
+        context.load_cert_chain(files.cert, files.key, password=refuse_to_ask)
     except ssl.SSLError as error:
         raise TlsConfigError(f"{files.cert}, {files.key}: not a certificate and its key: {error.reason}") from None
     except OSError as error:
         raise TlsConfigError(f"{files.cert}: {error.strerror}") from None
-
-
-def _refuse_password() -> str:
-    raise TlsConfigError("the key is encrypted, and nobody is there to be asked for its password")
 
 
 def check_key_file(path: str) -> None:

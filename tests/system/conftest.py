@@ -6,13 +6,14 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pgauthproxy.throwaway import ThrowawayPostgres
-from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
+from pgauthproxy.throwaway import UNPRIVILEGED_USER, ThrowawayPostgres
+from tests.conftest import HBA, ROLES, WAIT_SECONDS, Gateway, StartGateway
+from tests.tls import HOST, Authority
 from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, message, password, query, startup
 
 PASSWORD = "of no importance"
@@ -144,7 +146,7 @@ class Asked:
 
 
 @contextlib.contextmanager
-def asking_gateway(folder: Path, port: int, *, cleartext: bool) -> Iterator[Asked]:
+def asking_gateway(folder: Path, port: int, *, cleartext: bool, **settings: Any) -> Iterator[Asked]:
     notes, script = folder / "notes", folder / "authenticator"
     notes.touch()
     script.write_text(
@@ -157,8 +159,8 @@ def asking_gateway(folder: Path, port: int, *, cleartext: bool) -> Iterator[Aske
         "exit ${refused:-0}\n"
     )
     script.chmod(0o755)
-    settings = {"cleartext_password": cleartext, "max_parallel": 1}
-    with running_gateway(folder, script, authenticator=settings) as gateway:
+    asking = {"cleartext_password": cleartext, "max_parallel": 1, **settings.pop("authenticator", {})}
+    with running_gateway(folder, script, authenticator=asking, **settings) as gateway:
         yield Asked(gateway, notes)
 
 
@@ -335,9 +337,9 @@ class Answering:
         self.gateway = gateway
         self._folder = folder
 
-    def user(self, lines: dict[str, str]) -> str:
+    def user(self, lines: dict[str, str], name: str = "") -> str:
         """A user who gets these lines."""
-        name = new_user()
+        name = name or new_user()
         (self._folder / name).write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
         return name
 
@@ -472,6 +474,36 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         assert "Traceback" not in serving.text
 
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs pgauthproxy in a folder of its own until it ends."""
+
+    def start(*arguments: str, before: Sequence[str] = (), **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*before, *MODULE, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment | variables,
+            timeout=WAIT_SECONDS,
+            check=False,
+        )
+
+    return start
+
+
+def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pgauthproxy: ")
+    for word in words:
+        assert word in line
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The working directory: it holds an authenticator that refuses everybody, and nothing else."""
@@ -487,3 +519,63 @@ def configure(folder: Path, name: str = "pgauthproxy.yaml", **settings: object) 
     file = folder / name
     file.write_text(yaml.safe_dump(content | settings))
     return file
+
+
+# TLS
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Signs what gateways, clients and targets show each other."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """An authority that nobody trusts."""
+    return Authority(tmp_path_factory.mktemp("stranger"))
+
+
+def newest_of_debian() -> Path | None:
+    """The programs of the newest PostgreSQL of Debian's packages. It speaks TLS, which that of the wheel does not."""
+    found = Path("/usr/lib/postgresql").glob("*/bin/postgres")
+    return max((path.parent for path in found), key=lambda path: int(path.parent.name), default=None)
+
+
+DEBIAN = newest_of_debian()
+DEBIAN_VERSION = int(DEBIAN.parent.name) if DEBIAN is not None else 0
+DIRECT_TLS_SINCE = 17
+
+TLS_ROLES = """
+CREATE ROLE certified LOGIN;
+CREATE ROLE in_plain LOGIN;
+CREATE ROLE over_tls LOGIN;
+"""
+TLS_HBA = """
+hostssl   all  certified  127.0.0.1/32  cert
+hostnossl all  in_plain   127.0.0.1/32  trust
+hostssl   all  over_tls   127.0.0.1/32  trust
+hostnossl all  certified,over_tls  127.0.0.1/32  reject
+hostssl   all  in_plain            127.0.0.1/32  reject
+"""
+
+
+@pytest.fixture(scope="session")
+def tls_postgres(authority: Authority) -> Iterator[ThrowawayPostgres]:
+    """A PostgreSQL with a certificate for localhost, the roles of `postgres` and those of TLS_ROLES."""
+    if DEBIAN is None:
+        pytest.skip("no PostgreSQL that speaks TLS here: the package postgresql is not installed")
+    files = {"ssl_cert_file": "server.pem", "ssl_key_file": "server.key", "ssl_ca_file": "authority.pem"}
+    # They stand beside the data folder, to which such names are relative.
+    settings = {"ssl": "on"} | {setting: f"../{name}" for setting, name in files.items()}
+    server = ThrowawayPostgres(binaries=DEBIAN, settings=settings, hba=TLS_HBA + HBA)
+    identity = authority.issue("server", "localhost", HOST)
+    for source, name in zip((identity.cert, identity.key, authority.cert), files.values(), strict=True):
+        copied = server.folder / name
+        copied.touch(0o600)
+        copied.write_bytes(source.read_bytes())
+        if os.geteuid() == 0:
+            shutil.chown(copied, UNPRIVILEGED_USER)
+    with server:
+        server.sql(ROLES + TLS_ROLES)
+        yield server

@@ -18,10 +18,12 @@ from tests.conftest import Gateway
 from tests.system.conftest import PASSWORD, Backends, wait_until
 from tests.wire import (
     AUTH_OK,
+    CANCEL_REQUEST,
     KEY,
     READY,
     RawClient,
     ScriptedTarget,
+    cancel_request,
     error_fields,
     message,
     query,
@@ -29,14 +31,9 @@ from tests.wire import (
 )
 
 SECONDS = 30
-CANCEL_REQUEST = 80877102
 TARGET_KEY = KEY[5:]
 
 MappedTo = Callable[..., Gateway]
-
-
-def cancel_request(key: bytes) -> bytes:
-    return struct.pack("!ii", 8 + len(key), CANCEL_REQUEST) + key
 
 
 def send_cancel(gateway: Gateway, key: bytes) -> bytes:

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -16,41 +15,19 @@ import pytest
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS
-from tests.system.conftest import MODULE, Serve, configure, environment, write_mapped
+from tests.system.conftest import (
+    MODULE,
+    Run,
+    Serve,
+    assert_one_clear_line,
+    configure,
+    environment,
+    write_mapped,
+)
 from tests.wire import RawClient, password, startup
 
 COMMAND = [str(Path(sys.executable).parent / "pgauthproxy")]
 AUTH_CLEARTEXT, AUTH_MD5 = b"\0\0\0\x03", b"\0\0\0\x05"
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Runs pgauthproxy in a folder of its own until it ends."""
-
-    def start(*arguments: str, before: Sequence[str] = (), **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*before, *MODULE, *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment | variables,
-            timeout=WAIT_SECONDS,
-            check=False,
-        )
-
-    return start
-
-
-def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert done.returncode == 2, done
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("pgauthproxy: ")
-    for word in words:
-        assert word in line
-
 
 # Flags
 

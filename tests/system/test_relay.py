@@ -33,6 +33,7 @@ from tests.wire import (
     greet,
     password,
     query,
+    read_exactly,
     read_startup,
     startup,
 )
@@ -71,14 +72,6 @@ def program(
     )
     assert done.returncode == status, done.stderr.decode()
     return done
-
-
-def read_exactly(connection: socket.socket, size: int) -> bytes:
-    """This many bytes, less only at the end of what comes."""
-    data = bytearray()
-    while len(data) < size and (chunk := connection.recv(min(MEGABYTE, size - len(data)))):
-        data += chunk
-    return bytes(data)
 
 
 # Closing
