@@ -30,6 +30,7 @@ from pgauthproxy.stages import Mapping
 TOKEN: Final = re.compile(rb"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
 USER: Final = "{user}"
 MAX_SESSION_SECONDS: Final = 1e8
+LATEST: Final = 1 << 40
 MIN_SESSION_SECONDS: Final = 0.1
 """A token that is within the leeway behind its expiry is good for a moment."""
 
@@ -184,7 +185,9 @@ class JwtAuthenticator:
     def _seconds_left(self, claims: Named[str, Any]) -> float | None:
         if not self._policy.end_with_token:
             return None
-        return min(max(float(claims["exp"]) - time.time(), MIN_SESSION_SECONDS), MAX_SESSION_SECONDS)
+        # The library has seen to it that this is a number, though it may be one too large for a float.
+        left = min(int(claims["exp"]), LATEST) - time.time()
+        return min(max(left, MIN_SESSION_SECONDS), MAX_SESSION_SECONDS)
 
     async def _read_file(self) -> bytes:
         # A small local file, once in minutes.

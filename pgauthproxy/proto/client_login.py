@@ -136,7 +136,7 @@ def _authorization(data: bytes) -> bytes:
     flag, comma, rest = data.partition(b",")
     identity, second_comma, pairs = rest.partition(b",")
     if flag not in (b"n", b"y") or not comma or not second_comma:
-        raise FrameError("a channel binding, or none of the header")
+        raise FrameError("no header, or one that binds the channel")
     if identity.startswith(b"a="):
         what = "client uses authorization identity, but it is not supported"
         raise ClientFault(FEATURE_NOT_SUPPORTED, what)
