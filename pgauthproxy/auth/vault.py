@@ -68,11 +68,10 @@ class VaultLease:
         wait = FIRST_WAIT
         while True:
             try:
-                async with asyncio.timeout_at(self._until):
-                    seconds, renewable = await self._vault.renew(self._id)
-            except (VaultError, TimeoutError) as error:
+                seconds, renewable = await self._vault.renew(self._id, max(self._until - loop.time(), FIRST_WAIT))
+            except VaultError as error:
                 left = self._until - loop.time()
-                if left <= 0 or (isinstance(error, VaultError) and error.final):
+                if left <= 0 or error.final:
                     self._end()
                     return
                 await asyncio.sleep(min(wait, left))
@@ -168,9 +167,10 @@ class VaultAuthenticator:
             self._returning.add(returning)
             returning.add_done_callback(self._returning.discard)
 
-    async def renew(self, lease_id: str) -> tuple[float, bool]:
+    async def renew(self, lease_id: str, limit: float) -> tuple[float, bool]:
         """How long the lease is good from now on, and whether it can be renewed again. Raises VaultError."""
-        answer = await self._client.request("POST", "sys/leases/renew", {"lease_id": lease_id})
+        body = {"lease_id": lease_id}
+        answer = await self._client.request("POST", "sys/leases/renew", body, seconds=min(limit, self._timeout))
         return read_term(answer, "lease_duration")
 
     async def revoke(self, lease_id: str) -> None:

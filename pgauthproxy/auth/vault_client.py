@@ -2,6 +2,9 @@
 
 Leases hang from the token that they were made with: when it ends, so do they. So a token is renewed as long as that
 goes, and only then is another one asked for.
+
+Every request is told how long it may take. No asyncio.timeout stands around one: aiohttp, if its own time-out ends in
+the same moment, takes both for its own, and nobody stops what goes on.
 """
 
 import asyncio
@@ -92,60 +95,65 @@ class VaultClient:
             await self._session.close()
             self._session = None
 
-    async def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One request with the gateway's token, once more with another one if that is no good. Raises VaultError."""
-        token = await self._get_token()
+    async def request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, seconds: float
+    ) -> dict[str, Any]:
+        """One request with the gateway's token, once more with another one if that is no good. Raises VaultError.
+
+        `seconds` bounds each step: getting a token, and the request.
+        """
+        token = await self._get_token(seconds)
         try:
-            return await self._send(method, path, body, token)
+            return await self._send(method, path, body, token, seconds)
         except NotAllowedError:
             if not self._policy.role_id:
                 raise
         if self._token == token:
             self._forget_token()
-        return await self._send(method, path, body, await self._get_token())
+        return await self._send(method, path, body, await self._get_token(seconds), seconds)
 
     async def request_patiently(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The same, again and again for as long as the time-out allows and there is hope. Raises VaultError."""
+        loop = asyncio.get_running_loop()
         wait = FIRST_WAIT
-        why = "does not answer"
-        try:
-            async with asyncio.timeout(self._policy.timeout):
-                while True:
-                    try:
-                        return await self.request(method, path, body)
-                    except VaultError as error:
-                        if error.final:
-                            raise
-                        why = str(error)
-                    await asyncio.sleep(wait)
-                    wait = min(2 * wait, LONGEST_WAIT)
-        except TimeoutError:
-            raise VaultError(f"{why}, for {self._policy.timeout:g} s", final=True) from None
+        until = loop.time() + self._policy.timeout
+        while True:
+            try:
+                return await self.request(method, path, body, seconds=max(until - loop.time(), FIRST_WAIT))
+            except VaultError as error:
+                if error.final:
+                    raise
+                if loop.time() + wait >= until:
+                    raise VaultError(f"{error}, for {self._policy.timeout:g} s", final=True) from None
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
 
-    async def _get_token(self) -> str:
+    async def _get_token(self, limit: float) -> str:
         async with self._getting_token:
             if self._token is None:
-                self._token, seconds, renewable = await (self._log_in() if self._policy.role_id else self._look_up())
+                self._token, seconds, renewable = await (
+                    self._log_in(limit) if self._policy.role_id else self._look_up(limit)
+                )
                 if seconds > 0:
                     self._keeping = asyncio.get_running_loop().create_task(self._keep(self._token, seconds, renewable))
             return self._token
 
-    async def _log_in(self) -> tuple[str, float, bool]:
+    async def _log_in(self, limit: float) -> tuple[str, float, bool]:
         policy = self._policy
         body = {"role_id": policy.role_id}
         if policy.secret_id:
             body["secret_id"] = policy.secret_id.reveal().decode(errors="surrogateescape")
-        answer = await self._send("POST", f"auth/{policy.approle_mount}/login", body, None)
+        answer = await self._send("POST", f"auth/{policy.approle_mount}/login", body, None, limit)
         token = answer.get("auth", {}).get("client_token") if isinstance(answer.get("auth"), dict) else None
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
             raise VaultError("gives no token to a role", final=True)
         return token, *read_term(answer["auth"], "lease_duration")
 
-    async def _look_up(self) -> tuple[str, float, bool]:
+    async def _look_up(self, limit: float) -> tuple[str, float, bool]:
         """The token from the settings. One that may not ask about itself is used as it is."""
         token = self._policy.token.reveal().decode(errors="replace")
         try:
-            answer = await self._send("GET", "auth/token/lookup-self", None, token)
+            answer = await self._send("GET", "auth/token/lookup-self", None, token, limit)
         except VaultError as error:
             if error.final:
                 return token, 0.0, False
@@ -162,7 +170,7 @@ class VaultClient:
             await asyncio.sleep(wait)
             if renewable:
                 try:
-                    answer = await self._send("POST", "auth/token/renew-self", {}, token)
+                    answer = await self._send("POST", "auth/token/renew-self", {}, token, self._policy.timeout)
                     seconds, renewable = read_term(answer.get("auth") or {}, "lease_duration")
                     until = loop.time() + seconds
                     wait = seconds * RENEW_AFTER
@@ -184,7 +192,9 @@ class VaultClient:
             self._keeping.cancel()
             self._keeping = None
 
-    async def _send(self, method: str, path: str, body: dict[str, Any] | None, token: str | None) -> dict[str, Any]:
+    async def _send(
+        self, method: str, path: str, body: dict[str, Any] | None, token: str | None, seconds: float
+    ) -> dict[str, Any]:
         """One request, its answer as an object. Raises VaultError, which holds nothing of either."""
         assert self._session is not None  # noqa: S101 (it was started)
         headers = {"X-Vault-Request": "true"}
@@ -195,7 +205,12 @@ class VaultClient:
         url = f"{self._policy.address.rstrip('/')}/v1/{quote(path)}"
         try:
             async with self._session.request(
-                method, url, json=body, headers=headers, allow_redirects=False
+                method,
+                url,
+                json=body,
+                headers=headers,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=seconds),
             ) as response:
                 text = await https.read_body(response)
                 status = response.status
