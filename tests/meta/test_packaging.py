@@ -95,12 +95,13 @@ def imported(folder: Path) -> set[str]:
 def required(requirements: list[str]) -> set[str]:
     """The import names of what is required."""
     names = {re.split(r"[\[><=]", requirement)[0] for requirement in requirements}
-    return {{"PyYAML": "yaml"}.get(name, name.replace("-", "_")) for name in names}
+    return {{"PyYAML": "yaml", "PyJWT": "jwt"}.get(name, name.replace("-", "_")) for name in names}
 
 
 def test_what_is_imported_is_required(project: dict[str, Any]) -> None:
     dependencies, extras = project["project"]["dependencies"], project["project"]["optional-dependencies"]
-    assert imported(PACKAGE) <= required(dependencies)
+    for_users = [name for extra in extras if extra not in ("test", "lint") for name in extras[extra]]
+    assert imported(PACKAGE) <= required(dependencies + for_users)
     assert imported(ROOT / "tests") <= required(dependencies + extras["test"])
 
 

@@ -90,9 +90,12 @@ class Vault:
 
     def stop(self) -> None:
         """Goes down; what it knows stays."""
-        if self._runner is not None:
-            asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(20)
-            self._runner = None
+        runner, self._runner = self._runner, None
+        if runner is None:
+            return
+        server = runner.server
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), self._loop).result(20)
+        wait_until(lambda: server is None or not server.connections, "the connections to be gone")
 
     async def _start(self) -> None:
         application = web.Application()
@@ -567,6 +570,8 @@ def test_a_vault_is_verified(
         error, reason = refusal(doubting, new_user())
         assert error["C"] == "58000"
         assert "certificate" in reason.lower()
+        for gateway in (good, doubting):
+            assert gateway.stop() == 0
 
 
 # The gateway's own token
