@@ -7,12 +7,14 @@ import json
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pgauthproxy import _wire
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.steps import Login
 from pgauthproxy.secret import Secret
-from tests.sans_io import Outcome, Raised, Waiting, run_in_every_chunking
+from tests.sans_io import Outcome, Raised, Waiting, run, run_in_every_chunking
 
 MAX_MESSAGE = 200
 OFFER = _wire.message(ord("R"), b"\0\0\0\x0aOAUTHBEARER\0\0")
@@ -156,3 +158,16 @@ def test_what_comes_behind_the_token_belongs_to_the_session() -> None:
 def test_the_error_names_where_the_issuer_says_how_tokens_are_given(issuer: str, well_known: str) -> None:
     told = json.loads(client_login.token_error(issuer, 'openid "db"'))
     assert told == {"status": "invalid_token", "openid-configuration": well_known, "scope": 'openid "db"'}
+
+
+PIECES = st.sampled_from([b"n", b"y", b"p=", b",", b"a=", b"\x01", b"auth=", b"Bearer ", b"host", b"=", b"\0", b"x"])
+
+
+@given(st.one_of(st.binary(max_size=80), st.lists(PIECES, max_size=12).map(b"".join)))
+def test_whatever_a_client_says_is_a_token_or_a_fault(data: bytes) -> None:
+    framer = _wire.Framer({})
+    outcome = run(receive(framer), framer, [initial(data), DUMMY])
+    if isinstance(outcome.ending, Raised):
+        assert outcome.ending.sqlstate in ("08P01", "0A000", "28000")
+    else:
+        assert outcome.ending.reveal() in data
