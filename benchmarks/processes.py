@@ -52,7 +52,7 @@ def run(
             env=env,
             cwd=cwd,
             user=user,
-            group=_group_of(user),
+            group=group_of(user),
             extra_groups=None if user is None else [],
             check=False,
         )
@@ -90,7 +90,7 @@ def running(
                 env=env,
                 cwd=None if user is None else log.parent,  # ours may be closed to that user
                 user=user,
-                group=_group_of(user),
+                group=group_of(user),
                 extra_groups=None if user is None else [],
                 start_new_session=True,
             )
@@ -114,7 +114,8 @@ def end(
             child.wait(END_SECONDS)
 
 
-def _group_of(user: str | None) -> int | None:
+def group_of(user: str | None) -> int | None:
+    """The user's own group; None for no user."""
     return None if user is None else pwd.getpwnam(user).pw_gid
 
 

@@ -33,6 +33,13 @@ class Framer:
     def pending(self) -> int:
         return len(self._bytes)
 
+    @property
+    def first_byte(self) -> int:
+        return self._bytes[0] if self._bytes else -1
+
+    def byte(self) -> int | None:
+        return self._bytes.pop(0) if self._bytes else None
+
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         self._bytes += data
 
@@ -131,7 +138,7 @@ class Owner(Protocol):
 
 
 class End(asyncio.BufferedProtocol):
-    """`_relay.End`, writing through its peer's transport alone; `fd` is not used.
+    """`_relay.End` without TLS, writing through its peer's transport alone; `fd` is not used.
 
     It reads into a buffer of the same size, so that both hold no more than that in each direction.
     """
@@ -186,7 +193,7 @@ class End(asyncio.BufferedProtocol):
             assert self._session is not None
             self._session.target_finished()
             return False
-        if self._peer is not None and not self._ends_in_terminate():
+        if self._peer is not None:
             self._peer.transport.write_eof()
         return True
 

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tls import TLS_MATERIAL
+
 SUBJECT = "gateway"
 YARDSTICK = "haproxy"
+TLS_YARDSTICK = "pgbouncer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,15 @@ class Figure:
     digits: int
     aim: Aim | None = None
 
+    @property
+    def over_tls(self) -> bool:
+        return self.key.startswith("tls_")
+
+    @property
+    def yardstick(self) -> str:
+        """Whom our gateway is compared with."""
+        return TLS_YARDSTICK if self.over_tls else YARDSTICK
+
 
 FIGURES = (
     Figure("tps_1", "pgbench -S, 1 client", "tps", 0, Aim(1.0, at_most=False, times=YARDSTICK)),
@@ -54,6 +66,17 @@ FIGURES = (
     Figure("stall_percentile", "loop stall at 300 MB, 99.9th percentile", "ms", 2, Aim(1, at_most=True)),
     Figure("stall_longest", "longest loop stall at 300 MB", "ms", 2),
     Figure("stall_percentile_quiet", "the same percentile without logins", "ms", 2),
+    Figure("tls_tps_1", "TLS: pgbench -S, 1 client", "tps", 0),
+    Figure("tls_cpu_transaction_1", "TLS: proxy CPU, 1 client", "µs/transaction", 1),
+    Figure("tls_tps_16", "TLS: pgbench -S, 16 clients", "tps", 0),
+    Figure("tls_cpu_transaction_16", "TLS: proxy CPU, 16 clients", "µs/transaction", 1, Aim(1.1, True, TLS_YARDSTICK)),
+    Figure("tls_copy_out_rate", "TLS: COPY out", "MB/s", 0, Aim(1.5, at_most=False, times=TLS_YARDSTICK)),
+    Figure("tls_copy_out_cpu", "TLS: proxy CPU, COPY out", "s/GB", 2),
+    Figure("tls_copy_in_rate", "TLS: COPY in", "MB/s", 0),
+    Figure("tls_copy_in_cpu", "TLS: proxy CPU, COPY in", "s/GB", 2),
+    Figure("tls_logins_1", "TLS: logins of pgbench -C, 1 client", "logins/s", 0, Aim(0.8, False, "direct")),
+    Figure("tls_cpu_login_1", "TLS: proxy CPU, 1 client", "µs/login", 0),
+    Figure("tls_idle_memory", "TLS: idle session, of 1,000", "KiB", 1, Aim(60, at_most=True)),
 )
 
 
@@ -95,6 +118,8 @@ class Report:
     peers: Sequence[str]
     samples: list[Sample] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    tls: dict[str, str] = field(default_factory=dict)
+    """What each peer's clients agreed on with it, where that was TLS."""
 
     def values(self, figure: str, peer: str) -> list[float]:
         return [sample.value for sample in self.samples if sample.figure == figure and sample.peer == peer]
@@ -122,12 +147,26 @@ class Report:
             return None
         return value <= figure.aim.bound if figure.aim.at_most else value >= figure.aim.bound
 
-    def table(self) -> str:
-        """A Markdown table, aligned for the eye: a row a figure, a column a peer."""
-        head = ["", "unit", *self.peers, f"{SUBJECT}/{YARDSTICK}", "aim", "holds"]
-        rows = [self._row(figure) for figure in self.measured_figures()]
+    def tables(self) -> str:
+        """In Markdown: what was measured in plain, and what over TLS, which has peers and a yardstick of its own."""
+        plain = [figure for figure in self.measured_figures() if not figure.over_tls]
+        over_tls = [figure for figure in self.measured_figures() if figure.over_tls]
+        parts = []
+        if plain:
+            parts.append(self._table(plain, YARDSTICK, self.peers))
+        if over_tls:
+            agreed = ", ".join(dict.fromkeys(self.tls.values()))
+            peers = [peer for peer in self.peers if peer in self.tls]
+            parts.append(f"Over TLS: {agreed}, with {', '.join(peers)}; {TLS_MATERIAL}.")
+            parts.append(self._table(over_tls, TLS_YARDSTICK, peers))
+        return "\n\n".join(parts)
+
+    def _table(self, figures: Sequence[Figure], yardstick: str, peers: Sequence[str]) -> str:
+        """Aligned for the eye: a row a figure, a column a peer."""
+        head = ["", "unit", *peers, f"{SUBJECT}/{yardstick}", "aim", "holds"]
+        rows = [self._row(figure, peers) for figure in figures]
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-        numeric = range(2, len(self.peers) + 3)
+        numeric = range(2, len(peers) + 3)
         rule = ["-" * (width - 1) + ":" if at in numeric else "-" * width for at, width in enumerate(widths)]
         return "\n".join(
             "| "
@@ -139,9 +178,9 @@ class Report:
             for row in [head, rule, *rows]
         )
 
-    def _row(self, figure: Figure) -> list[str]:
-        medians = [self.median(figure.key, peer) for peer in self.peers]
-        ratio = self.ratio(figure.key, SUBJECT, YARDSTICK)
+    def _row(self, figure: Figure, peers: Sequence[str]) -> list[str]:
+        medians = [self.median(figure.key, peer) for peer in peers]
+        ratio = self.ratio(figure.key, SUBJECT, figure.yardstick)
         return [
             figure.title,
             figure.unit,
@@ -160,6 +199,7 @@ class Report:
             "seconds": seen.seconds,
             "machine": seen.machine,
             "versions": seen.versions,
+            "tls": self.tls,
             "figures": [self._figure_document(figure) for figure in self.measured_figures()],
             "failures": [
                 {"measurement": one.measurement, "peer": one.peer, "repeat": one.repeat, "reason": one.reason}
@@ -178,7 +218,8 @@ class Report:
                 for peer in self.peers
                 if self.values(figure.key, peer)
             },
-            "ratio": self.ratio(figure.key, SUBJECT, YARDSTICK),
+            "yardstick": figure.yardstick,
+            "ratio": self.ratio(figure.key, SUBJECT, figure.yardstick),
             "aim": None if figure.aim is None else str(figure.aim),
             "holds": self.holds(figure),
         }

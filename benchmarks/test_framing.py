@@ -19,7 +19,9 @@ from pgauthproxy.proto import messages
 SEGMENT = 1448
 """Bytes of one TCP segment."""
 
-STARTUP = messages.startup_message(((b"user", b"alice"), (b"database", b"shop"), (b"application_name", b"psql")))
+STARTUP = messages.startup_message(
+    messages.PROTOCOL_3_0, ((b"user", b"alice"), (b"database", b"shop"), (b"application_name", b"psql"))
+)
 PASSWORD = messages.password_message(b"md5" + b"0" * 32)
 STATUS = [_wire.message(messages.PARAMETER_STATUS, b"name_of_it\0value %d\0" % number) for number in range(14)]
 GREETING = b"".join(

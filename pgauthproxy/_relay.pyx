@@ -132,8 +132,11 @@ cdef class End:
             self.transport.resume_reading()
 
     def send(self, bytes data not None):
-        """Sends a message of our own to this side. See `at_message_boundary`."""
-        self.transport.write(data if self._tls is None else self._tls.encrypt(data))
+        """Sends a message of our own to this side, if it can still be told. See `at_message_boundary`."""
+        if self._tls is None:
+            self.transport.write(data)
+        elif not self._broken:
+            self.transport.write(self._tls.encrypt(data))
 
     def close(self):
         """Closes this side once it has what was sent to it."""
@@ -164,6 +167,11 @@ cdef class End:
         """Whether the transport has bytes that its socket did not take yet."""
         return self._holding
 
+    @property
+    def data_received(self):
+        """None. The loop looks for it, and not finding it is an exception each time."""
+        return None
+
     def get_buffer(self, Py_ssize_t size_hint):
         return self._buffer.space
 
@@ -175,8 +183,14 @@ cdef class End:
                 self._forward_decrypted(count)
         except TlsError as failure:
             self._failure = failure
+            # Nothing but the alert can be said to it any more.
+            self._broken = True
             self._write(failure.alert)
-            self.transport.close()
+            if self._holding:
+                # It does not read: what it has been sent may never be gone.
+                self.transport.abort()
+            else:
+                self.transport.close()
 
     def eof_received(self):
         """The client's half-close goes on to the target, which may still owe an answer; the target's ends all."""
@@ -261,21 +275,26 @@ cdef class End:
         cdef Py_ssize_t at = 0
         cdef Py_ssize_t piece, got
         cdef Py_ssize_t have = 0
-        while at < count:
-            piece = min(count - at, <Py_ssize_t>RECORD_BYTES)
-            self._tls.put(self._buffer._at + at, piece)
-            at += piece
-            while True:
-                if size - have < RECORD_BYTES:
-                    self._forward(plain, have)
-                    have = 0
-                got = self._tls.read_into(plain + have, size - have)
-                if got == 0:
-                    break
-                have += got
-        if have:
-            self._forward(plain, have)
+        try:
+            while at < count:
+                piece = min(count - at, <Py_ssize_t>RECORD_BYTES)
+                self._tls.put(self._buffer._at + at, piece)
+                at += piece
+                while True:
+                    if size - have < RECORD_BYTES:
+                        self._forward(plain, have)
+                        have = 0
+                    got = self._tls.read_into(plain + have, size - have)
+                    if got == 0:
+                        break
+                    have += got
+        finally:
+            # Also what came before a record that is broken.
+            if have:
+                self._forward(plain, have)
         if self._tls.has_output():
+            if self.transport.get_write_buffer_size() > 2 * size:
+                raise TlsError("the peer makes TLS talk and does not listen", b"")
             self._write(self._tls.take_output())
         if self._tls.finished and not self._at_eof and not self.eof_received():
             self.transport.close()

@@ -673,6 +673,40 @@ cdef char **words(list given) except NULL:
     return array
 
 
+def start_process(list argv not None, list environment not None):
+    """Starts a process that nobody here waits for; returns its ID and our ends of its pipes: input, output, errors.
+
+    As a Runner's in all else; the pipes are non-blocking. Raises OSError. Other threads go on meanwhile.
+    """
+    cdef int[2] in_pipe
+    cdef int[2] out_pipe
+    cdef int[2] err_pipe
+    cdef pid_t pid = 0
+    cdef int failure
+    cdef char **arguments = words(argv)
+    cdef char **variables = NULL
+    in_pipe[0] = in_pipe[1] = out_pipe[0] = out_pipe[1] = err_pipe[0] = err_pipe[1] = -1
+    try:
+        variables = words(environment)
+        with nogil:
+            if pgap_pipe(in_pipe, 1) < 0 or pgap_pipe(out_pipe, 0) < 0 or pgap_pipe(err_pipe, 0) < 0:
+                failure = errno
+            else:
+                failure = pgap_spawn(&pid, arguments, variables, in_pipe[0], out_pipe[1], err_pipe[1])
+            pgap_close(&in_pipe[0])
+            pgap_close(&out_pipe[1])
+            pgap_close(&err_pipe[1])
+        if failure:
+            pgap_close(&in_pipe[1])
+            pgap_close(&out_pipe[0])
+            pgap_close(&err_pipe[0])
+            raise OSError(failure, os.strerror(failure))
+        return pid, in_pipe[1], out_pipe[0], err_pipe[0]
+    finally:
+        free(arguments)
+        free(variables)
+
+
 def keep_descriptors_private():
     """Marks every open descriptor above 2 close-on-exec, those included that the gateway was started with."""
     for name in os.listdir("/dev/fd"):

@@ -56,10 +56,13 @@ cdef class Channel:
         return self._take()
 
     def decrypt(self, data):
-        """All that can be read, given what the peer sent. Raises TlsError. See `take_output`."""
+        """All that can be read, given what the peer sent. Raises TlsError. See `take_output`.
+
+        What it sends behind its close_notify is dropped.
+        """
         cdef bytearray plain = bytearray()
         view = memoryview(data)
-        while True:
+        while not self.finished:
             self._give(view[:RECORD])
             view = view[RECORD:]
             while not self.finished and (self._incoming.pending or self.tls.pending()):
@@ -75,7 +78,8 @@ cdef class Channel:
                 self.finished = not piece
                 plain += piece
             if not view:
-                return bytes(plain)
+                break
+        return bytes(plain)
 
     def encrypt(self, bytes data not None):
         """The records that say this. Raises TlsError."""
@@ -98,7 +102,9 @@ cdef class Channel:
         return self._take()
 
     cdef int put(self, const char *at, Py_ssize_t count) except -1:
-        """Takes at most RECORD bytes that the peer sent."""
+        """Takes at most RECORD bytes that the peer sent; drops what comes behind its close_notify."""
+        if self.finished:
+            return 0
         self._give(PyMemoryView_FromMemory(<char *>at, count, PyBUF_READ))
         return 0
 

@@ -1,17 +1,25 @@
 """The one place where the parts are put together: settings in, a gateway out."""
 
+import contextlib
 import hashlib
 import secrets
 from pathlib import Path
 
+import msgspec
+
 from pgauthproxy import _relay
 from pgauthproxy.auth import references
-from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits
+from pgauthproxy.auth.cache import CachedAuthenticator
+from pgauthproxy.auth.chain import ChainAuthenticator
+from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits, SaidSink
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
-from pgauthproxy.auth.targets import Target
+from pgauthproxy.auth.targets import Target, TargetFault, build_target
+from pgauthproxy.auth.users import UsersAuthenticator, UsersPolicy
+from pgauthproxy.auth.worker import WorkerAuthenticator, WorkerLimits
 from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
-from pgauthproxy.events import AuthenticatorSaid, Sink, ignore
+from pgauthproxy.errors import AuthenticatorFault
+from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
@@ -35,50 +43,87 @@ def tcp_options(settings: Settings) -> TcpOptions:
 
 def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     """The authenticator that the settings ask for, not started yet. Raises AuthenticatorConfigError."""
-    authenticator = _deciding(settings, sink)
+    cache = settings.authenticator.cache
+    found = _of_kind(settings, settings, sink)
     if settings.authenticator.vault.address:
-        return _vault(settings, authenticator, sink)
-    return authenticator
+        found = _vault(settings, found, sink)
+    return CachedAuthenticator(found, cache.max_seconds, cache.max_entries) if cache.max_seconds else found
 
 
-def _deciding(settings: Settings, sink: Sink) -> Authenticator:
-    match settings.kind:
+def _of_kind(settings: Settings, whole: Settings, sink: Sink) -> Authenticator:
+    """What these settings ask for; how clients prove themselves stands in the whole ones."""
+    match settings.authenticator.decided_kind:
         case "command":
             return _command(settings, sink)
+        case "users":
+            return _users(settings, whole, sink)
+        case "worker":
+            return _worker(settings, sink)
         case "ldap":
-            return _ldap(settings, sink)
+            return _ldap(settings, whole, sink)
         case "jwt":
-            return _jwt(settings, sink)
+            return _jwt(settings, whole, sink)
+        case "chain":
+            return _chain(settings, sink)
         case None:
             raise AuthenticatorConfigError("authenticator.cmd: no authenticator is configured")
 
 
-def _missing(extra: str, error: ModuleNotFoundError) -> AuthenticatorConfigError:
-    return AuthenticatorConfigError(
-        f"authenticator.{extra}: needs the package {error.name}: pip install 'pgauthproxy[{extra}]'"
+def _chain(settings: Settings, sink: Sink) -> ChainAuthenticator:
+    links: list[tuple[str, Authenticator]] = []
+    faults: list[str] = []
+    for number, link in enumerate(settings.authenticator.chain, 1):
+        alone = msgspec.structs.replace(settings, authenticator=link)
+        try:
+            links.append((f"{number} ({link.decided_kind})", _of_kind(alone, settings, sink)))
+        except AuthenticatorConfigError as error:
+            faults += (f"authenticator.chain, {number}: {fault}" for fault in error.faults)
+    if faults:
+        raise AuthenticatorConfigError(*faults)
+    return ChainAuthenticator(links)
+
+
+def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
+    wanted = settings.authenticator
+    limits = CommandLimits(
+        timeout=wanted.timeout,
+        grace=wanted.grace,
+        max_parallel=wanted.max_parallel,
+        max_output=wanted.max_output,
+        max_lines=wanted.max_output_lines,
+        max_errors=wanted.max_errors,
+    )
+    return CommandAuthenticator(wanted.cmd, authenticator_environment(settings), limits, _said(sink))
+
+
+def _worker(settings: Settings, sink: Sink) -> WorkerAuthenticator:
+    wanted = settings.authenticator
+    limits = WorkerLimits(
+        least=wanted.workers.min,
+        most=wanted.workers.max,
+        timeout=wanted.timeout,
+        grace=wanted.grace,
+        max_output=wanted.max_output,
+        max_lines=wanted.max_output_lines,
+    )
+    return WorkerAuthenticator(wanted.cmd, authenticator_environment(settings), limits, _said(sink))
+
+
+def _said(sink: Sink) -> SaidSink:
+    """Passes on what an authenticator's process writes to its standard error."""
+    return lambda session, lines, dropped: sink(AuthenticatorSaid(session, lines, dropped))
+
+
+def _users(settings: Settings, whole: Settings, sink: Sink) -> UsersAuthenticator:
+    return UsersAuthenticator(
+        Path(settings.authenticator.users.file),
+        UsersPolicy(whole.method, _made_up_from(whole), whole.authenticator.scram_iterations),
+        target_fault(whole),
+        lambda level, what, facts: sink(Noticed(level, what, facts)),
     )
 
 
-def named_targets(settings: Settings) -> dict[str, Target]:
-    """The targets that rules may name. Raises AuthenticatorConfigError, which names the key."""
-    targets = {}
-    for name, spec in settings.authenticator.targets.items():
-        try:
-            targets[name] = Target(spec)
-        except AuthenticatorConfigError as error:
-            raise AuthenticatorConfigError(f"authenticator.targets.{name}: {error}") from None
-    return targets
-
-
-def secret_of(key: str, text: str) -> Secret:
-    """A secret that is given by reference, or as it is. Raises AuthenticatorConfigError, which names the key."""
-    try:
-        return references.resolve(text)
-    except AuthenticatorConfigError as error:
-        raise AuthenticatorConfigError(f"{key}: {error}") from None
-
-
-def _ldap(settings: Settings, sink: Sink) -> Authenticator:
+def _ldap(settings: Settings, whole: Settings, sink: Sink) -> Authenticator:
     try:
         from pgauthproxy.auth.ldap import LdapAuthenticator, LdapPolicy, Rule
     except ModuleNotFoundError as error:
@@ -94,17 +139,17 @@ def _ldap(settings: Settings, sink: Sink) -> Authenticator:
         filter=wanted.filter,
         scope=wanted.scope,
         bind_dn=wanted.bind_dn,
-        bind_password=secret_of("authenticator.ldap.bind_password", wanted.bind_password),
+        bind_password=_secret_of("authenticator.ldap.bind_password", wanted.bind_password),
         name_attribute=wanted.name_attribute,
         group_filter=wanted.group_filter,
         timeout=wanted.timeout,
         max_parallel=wanted.max_parallel,
     )
     rules = [Rule(rule.target, rule.group, rule.filter) for rule in wanted.rules]
-    return LdapAuthenticator(policy, rules, named_targets(settings), sink)
+    return LdapAuthenticator(policy, rules, _named_targets(settings, whole), sink)
 
 
-def _jwt(settings: Settings, sink: Sink) -> Authenticator:
+def _jwt(settings: Settings, whole: Settings, sink: Sink) -> Authenticator:
     try:
         from pgauthproxy.auth.jwt import JwtAuthenticator, JwtPolicy, KeySource, Rule
     except ModuleNotFoundError as error:
@@ -130,7 +175,7 @@ def _jwt(settings: Settings, sink: Sink) -> Authenticator:
         end_with_token=wanted.end_with_token,
     )
     rules = [Rule(rule.target, rule.claim, rule.equals, rule.contains) for rule in wanted.rules]
-    return JwtAuthenticator(source, policy, rules, named_targets(settings), sink)
+    return JwtAuthenticator(source, policy, rules, _named_targets(settings, whole), sink)
 
 
 def _vault(settings: Settings, inner: Authenticator, sink: Sink) -> Authenticator:
@@ -144,31 +189,63 @@ def _vault(settings: Settings, inner: Authenticator, sink: Sink) -> Authenticato
         address=wanted.address,
         ca=wanted.ca,
         namespace=wanted.namespace,
-        token=secret_of("authenticator.vault.token", wanted.token),
+        token=_secret_of("authenticator.vault.token", wanted.token),
         role_id=wanted.role_id,
-        secret_id=secret_of("authenticator.vault.secret_id", wanted.secret_id),
+        secret_id=_secret_of("authenticator.vault.secret_id", wanted.secret_id),
         approle_mount=wanted.approle_mount,
         timeout=wanted.timeout,
     )
     return VaultAuthenticator(policy, inner, sink)
 
 
-def _command(settings: Settings, sink: Sink) -> CommandAuthenticator:
-    wanted = settings.authenticator
-    limits = CommandLimits(
-        timeout=wanted.timeout,
-        grace=wanted.grace,
-        max_parallel=wanted.max_parallel,
-        max_output=wanted.max_output,
-        max_lines=wanted.max_output_lines,
-        max_errors=wanted.max_errors,
+def _missing(extra: str, error: ModuleNotFoundError) -> AuthenticatorConfigError:
+    return AuthenticatorConfigError(
+        f"authenticator.{extra}: needs the package {error.name}: pip install 'pgauthproxy[{extra}]'"
     )
-    return CommandAuthenticator(
-        wanted.cmd,
-        authenticator_environment(settings),
-        limits,
-        lambda session, lines, dropped: sink(AuthenticatorSaid(session, lines, dropped)),
-    )
+
+
+def _secret_of(key: str, text: str) -> Secret:
+    """A secret that is given by reference, or as it is. Raises AuthenticatorConfigError, which names the key."""
+    try:
+        return references.resolve(text)
+    except AuthenticatorConfigError as error:
+        raise AuthenticatorConfigError(f"{key}: {error}") from None
+
+
+def _named_targets(settings: Settings, whole: Settings) -> dict[str, Target]:
+    """The targets that rules may name. Raises AuthenticatorConfigError with all faults."""
+    targets: dict[str, Target] = {}
+    faults: list[str] = []
+    for name, spec in (whole.authenticator.targets | settings.authenticator.targets).items():
+        try:
+            targets[name] = build_target(spec, target_fault(whole))
+        except AuthenticatorConfigError as error:
+            faults += (f"authenticator.targets.{name}.{fault}" for fault in error.faults)
+    if faults:
+        raise AuthenticatorConfigError(*faults)
+    return targets
+
+
+def target_fault(settings: Settings) -> TargetFault:
+    """Says what is wrong with a target on top of the configuration: its own TLS settings, and where it borrows.
+
+    Reads the files that it names.
+    """
+
+    def fault(target: Target) -> str | None:
+        if target.borrows and not settings.authenticator.vault.address:
+            return "password: a credential of vault: is asked for, and authenticator.vault.address is not set"
+        if not target.tls:
+            return None
+        try:
+            build_target_context(resolve(target_tls(settings), target.tls))
+        except AuthenticatorFault as error:
+            return f"tls: {error.detail}"
+        except TlsConfigError as error:
+            return f"tls: {error}"
+        return None
+
+    return fault
 
 
 def build_targets(settings: Settings) -> Targets:
@@ -181,6 +258,7 @@ def build_targets(settings: Settings) -> Targets:
         error_text=target.error_text,
         version=major << 16 | minor,
         tls=target_tls(settings),
+        warm=target.warm,
         limits=TargetLimits(
             auth_request=target.max_auth_request,
             error=target.max_error,
@@ -195,7 +273,7 @@ def build_targets(settings: Settings) -> Targets:
 def target_tls(settings: Settings) -> TargetTls:
     """TLS with targets, where the authenticator says nothing else."""
     tls = settings.target.tls
-    return TargetTls(tls.mode, tls.ca, tls.cert, tls.key, tls.negotiation, tls.name)
+    return TargetTls(tls.decided_mode, tls.ca, tls.cert, tls.key, tls.negotiation, tls.name)
 
 
 def check_target_tls(settings: Settings) -> None:
@@ -222,7 +300,7 @@ def build_client_tls(settings: Settings) -> ClientSide | None:
     )
 
 
-def build_admission(settings: Settings, sink: Sink) -> Admission:
+def build_admission(settings: Settings, authenticator: Authenticator) -> Admission:
     """How clients are let in."""
     policy = ClientPolicy(
         method=settings.method,
@@ -233,7 +311,7 @@ def build_admission(settings: Settings, sink: Sink) -> Admission:
         token_error=client_login.token_error(settings.oauth_issuer, settings.authenticator.oauth.scope),
     )
     return Admission(
-        authenticator=build_authenticator(settings, sink),
+        authenticator=authenticator,
         policy=policy,
         seed=_made_up_from(settings),
         scram_iterations=settings.authenticator.scram_iterations,
@@ -244,23 +322,28 @@ def _made_up_from(settings: Settings) -> Secret:
     """The secret that the salts of refused users are made from: as stable as the operator has made it."""
     if settings.authenticator.scram_seed:
         return Secret(settings.authenticator.scram_seed.encode())
-    if settings.tls.key:
-        return Secret(hashlib.sha256(Path(settings.tls.key).read_bytes()).digest())
+    if settings.tls_mode != "disable":
+        # What is wrong with the key is told where TLS is set up with it.
+        with contextlib.suppress(OSError):
+            return Secret(hashlib.sha256(Path(settings.tls.key).read_bytes()).digest())
     return Secret(secrets.token_bytes(32))
 
 
-def faults_of(settings: Settings) -> list[str]:
-    """What the settings ask for and the machine does not have, a line each."""
-    faults = []
+def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[str]]:
+    """The authenticator, which may be long to read, and what the settings ask for and the machine does not have.
+
+    Faults are a line each; the sink gets what is only to be noted.
+    """
+    authenticator, faults = None, []
     for text in settings.listen:
         try:
             parse_listen(text)
         except ListenError as error:
             faults.append(str(error))
     try:
-        build_authenticator(settings, ignore)
+        authenticator = build_authenticator(settings, sink)
     except AuthenticatorConfigError as error:
-        faults.append(str(error))
+        faults += error.faults
     try:
         build_client_tls(settings)
     except TlsConfigError as error:
@@ -269,14 +352,14 @@ def faults_of(settings: Settings) -> list[str]:
         check_target_tls(settings)
     except TlsConfigError as error:
         faults.append(f"target.tls: {error}")
-    return faults
+    return authenticator, faults
 
 
-def build_gateway(settings: Settings, sink: Sink) -> Gateway:
+def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) -> Gateway:
     """A gateway that serves nobody yet. Raises TlsConfigError."""
     targets = build_targets(settings)
     return Gateway(
-        admission=build_admission(settings, sink),
+        admission=build_admission(settings, authenticator),
         client_tls=build_client_tls(settings),
         targets=targets,
         paused=PausedClients(targets.buffer),

@@ -5,24 +5,23 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any
 
 import click
 import msgspec
 
-from pgauthproxy import worker
+from pgauthproxy import trial, worker
 from pgauthproxy._digest import md5_password
 from pgauthproxy.auth.model import AuthenticatorConfigError
-from pgauthproxy.build import faults_of
+from pgauthproxy.build import examine
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
-from pgauthproxy.events import Noticed
+from pgauthproxy.events import Event, Noticed
 from pgauthproxy.net import listen
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.proto import scram
-
-BROKEN: Final = 2
-"""Exit status: the settings, the authenticator or an address cannot be used."""
+from pgauthproxy.terminal import fail, read_password
+from pgauthproxy.users_command import users
 
 
 class _Bool(click.ParamType[bool]):
@@ -67,13 +66,12 @@ def _load(flags: dict[str, Any]) -> Loaded:
     try:
         return load.load(flags["config"], given, os.environ)
     except ConfigError as error:
-        _fail(*error.faults)
+        fail(*error.faults)
 
 
-def _fail(*lines: str) -> NoReturn:
-    for line in lines:
-        click.echo(f"pgauthproxy: {line}", err=True)
-    sys.exit(BROKEN)
+def _with_flags_before(context: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a command, those included that stand before its name."""
+    return {name: value if value is not None else context.obj[name] for name, value in flags.items()}
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -92,19 +90,20 @@ def _command(context: click.Context, /, **flags: Any) -> None:
 
 def _serve(loaded: Loaded) -> None:
     settings = loaded.settings
-    if faults := faults_of(settings):
-        _fail(*faults)
     sink = LogSink(settings.log.format, settings.log.level)
+    authenticator, faults = examine(settings, sink)
+    if authenticator is None or faults:
+        fail(*faults)
     for warning in loaded.warnings:
         sink(Noticed("warning", warning))
     try:
         listening = worker.open_listeners(settings)
     except listen.ListenError as error:
-        _fail(str(error))
+        fail(str(error))
     try:
-        worker.serve(settings, listening, sink)
+        worker.serve(settings, authenticator, listening, sink)
     except AuthenticatorConfigError as error:
-        _fail(str(error))
+        fail(*error.faults)
     finally:
         sink.flush()
 
@@ -117,15 +116,21 @@ def check(context: click.Context, /, **flags: Any) -> None:
 
     Exit status 0 if the gateway could start with them, 2 if not.
     """
-    loaded = _load({name: value if value is not None else context.obj[name] for name, value in flags.items()})
+    loaded = _load(_with_flags_before(context, flags))
     for key in schema.all_keys():
         value = schema.in_force(loaded.settings, key)
         click.echo(f"{key.path} = {_shown(key, value)}  ({loaded.origins[key.path]})")
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}")
-    if faults := faults_of(loaded.settings):
-        _fail(*faults)
+    _, faults = examine(loaded.settings, _echo_warning)
+    if faults:
+        fail(*faults)
     click.echo("ok")
+
+
+def _echo_warning(event: Event) -> None:
+    if isinstance(event, Noticed) and event.level == "warning":
+        click.echo(f"warning: {event.what}: {', '.join(f'{name} {value}' for name, value in event.facts)}")
 
 
 def _shown(key: schema.Key, value: Any) -> str:
@@ -135,11 +140,46 @@ def _shown(key: schema.Key, value: Any) -> str:
         return "***"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if key.path == "authenticator.chain":
+        return ", ".join(link.decided_kind or "nothing" for link in value)
     if isinstance(value, dict):
         return ", ".join(value)
     if isinstance(value, list):
         return ", ".join(item if isinstance(item, str) else msgspec.json.encode(item).decode() for item in value)
     return f"{value}"
+
+
+@_command.command()
+@_settings_options
+@click.option("--user", required=True, help="Whom to log in as.")
+@click.option("--database", default="", help="The database to ask for; by default the user's name.")
+@click.option(
+    "--param", "parameters", multiple=True, metavar="K=V", help="A startup parameter; may stand more than once."
+)
+@click.option("--connect", is_flag=True, help="Log in at the target too.")
+@click.pass_context
+def auth(
+    context: click.Context, /, user: str, database: str, parameters: tuple[str, ...], connect: bool, **flags: Any
+) -> None:
+    """Asks the configured authenticator about one login, and shows what it was sent and what it answered.
+
+    The password is asked for without echo; secrets are shown as ***. Exit status 0 if it agrees, 1 if it refuses, 2 if
+    something is broken.
+    """
+    settings = _load(
+        {name: value if value is not None else context.obj[name] for name, value in flags.items()}
+    ).settings
+    pairs = [parameter.partition("=") for parameter in parameters]
+    if any(not (name and separator) for name, separator, _ in pairs):
+        raise click.UsageError("--param is written name=value")
+    login = trial.Login(
+        user=os.fsencode(user),
+        database=os.fsencode(database or user),
+        parameters=tuple((os.fsencode(name), os.fsencode(value)) for name, _, value in pairs),
+        password=b"" if settings.method == "cert" else read_password(confirm=False),
+        connect=connect,
+    )
+    sys.exit(trial.run(settings, login, click.echo))
 
 
 @_command.command("hash-password")
@@ -160,18 +200,6 @@ def hash_password(user: str, md5: bool, iterations: int) -> None:
         click.echo(scram.Verifier.of(password, secrets.token_bytes(scram.SALT_BYTES), iterations).text())
 
 
-def read_password(*, confirm: bool) -> bytes:
-    """A password from the terminal, without echo, or the first line of standard input."""
-    if sys.stdin.isatty():
-        typed: str = click.prompt("Password", hide_input=True, confirmation_prompt=confirm)
-        password = typed.encode(errors="surrogateescape")
-    else:
-        password = sys.stdin.buffer.readline().removesuffix(b"\n").removesuffix(b"\r")
-    if not password:
-        raise click.UsageError("an empty password opens nothing")
-    return password
-
-
 @_command.command()
 @click.option("--port", type=int, default=0, help="Port of the gateway; by default a free one.")
 def demo(port: int) -> None:
@@ -181,7 +209,10 @@ def demo(port: int) -> None:
     try:
         demonstration.run(port)
     except demonstration.DemoError as error:
-        _fail(str(error))
+        fail(str(error))
+
+
+_command.add_command(users)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,12 +7,14 @@ import resource
 import signal
 import socket
 import sys
+import warnings
 from typing import Any, Final
 
 import msgspec
 import uvloop
 
 from pgauthproxy import _spawn
+from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
 from pgauthproxy.build import build_client_tls, build_gateway, check_target_tls, tcp_options
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import GatewayFault
@@ -51,9 +53,11 @@ def open_listeners(settings: Settings) -> list[socket.socket]:
     return opened
 
 
-def serve(settings: Settings, listening: list[socket.socket], sink: Sink) -> None:
+def serve(settings: Settings, authenticator: Authenticator, listening: list[socket.socket], sink: Sink) -> None:
     """Runs until a signal ends it. Raises AuthenticatorConfigError if it cannot begin to."""
-    uvloop.run(Worker(prepare_process(settings, sink), sink).run(listening))
+    # What libraries tell their developers, of a certificate that a peer shows say, is nothing for the log.
+    warnings.simplefilter("ignore")
+    uvloop.run(Worker(prepare_process(settings, sink), authenticator, sink).run(listening))
 
 
 def prepare_process(settings: Settings, sink: Sink) -> Settings:
@@ -96,13 +100,15 @@ def _fill_standard_descriptors() -> None:
 class Worker:
     """States, in order: starting, serving, draining (first signal), ended."""
 
-    def __init__(self, settings: Settings, sink: Sink) -> None:
+    def __init__(self, settings: Settings, authenticator: Authenticator, sink: Sink) -> None:
         self._settings = settings
         self._sink = sink
-        self._gateway: Gateway = build_gateway(settings, sink)
+        self._gateway: Gateway = build_gateway(settings, authenticator, sink)
         self._listeners: list[Listener] = []
         self._sessions_begun = 0
         self._signals = 0
+        self._reloading: asyncio.Task[None] | None = None
+        self._reload_again = False
         self._draining = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -163,6 +169,29 @@ class Worker:
             self._ended.set()
 
     def _reload(self) -> None:
+        """Reads everything anew that can be; one after the other, however often it is asked for."""
+        self._reload_certificates()
+        self._reload_again = self._reloading is not None
+        if self._reloading is None:
+            self._reloading = asyncio.get_running_loop().create_task(self._reload_authenticator())
+
+    async def _reload_authenticator(self) -> None:
+        try:
+            await self._try_reload()
+            while self._reload_again:
+                self._reload_again = False
+                await self._try_reload()
+        finally:
+            self._reloading = None
+
+    async def _try_reload(self) -> None:
+        try:
+            await self._gateway.admission.authenticator.reload()
+        except AuthenticatorConfigError as error:
+            for fault in error.faults:
+                self._sink(Noticed("error", "authenticator not loaded, the old one stays", (("reason", fault),)))
+
+    def _reload_certificates(self) -> None:
         """Reads certificates anew, for connections from here on. What cannot be used leaves the old ones in force."""
         try:
             client_tls = build_client_tls(self._settings)
@@ -188,6 +217,10 @@ class Worker:
             for session in list(self._gateway.sessions):
                 session.end(CloseReason.SHUTDOWN, b"terminating connection due to administrator command")
             await self._wait_for_end(min(1.0, self._settings.close_timeout))
+        if self._reloading is not None:
+            self._reloading.cancel()
+            await asyncio.wait([self._reloading])
+        self._gateway.targets.warm.close()
         if self._gateway.releasing:
             await asyncio.wait(self._gateway.releasing, timeout=RELEASE_SECONDS)
         await self._gateway.admission.authenticator.close()

@@ -119,14 +119,19 @@ class Gateway:
 
     @property
     def resident_bytes(self) -> int:
-        fields = Path(f"/proc/{self.pid}/statm").read_text().split()
-        return int(fields[1]) * 4096
+        return resident_bytes(self.pid)
 
     @property
     def peak_bytes(self) -> int:
         """The most memory that it ever had."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+
+def resident_bytes(pid: int | str = "self") -> int:
+    """How much memory a process has."""
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(fields[1]) * 4096
 
 
 def is_alive(pid: int) -> bool:
@@ -145,7 +150,8 @@ StartGateway = Callable[..., Gateway]
 def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
     """Starts gateways; each listens on a free port of 127.0.0.1 unless `listen` is given.
 
-    `cmd` is the authenticator; other keyword arguments are settings, nested ones as dictionaries.
+    `cmd` is the authenticator, None if the settings name another; other keyword arguments are settings, nested ones as
+    dictionaries.
     At the end each must go away with status 0, and must not have logged an internal error.
     """
     started: list[Gateway] = []
@@ -154,7 +160,9 @@ def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
         cmd: Any, *, before: list[str] | None = None, environment: dict[str, str] | None = None, **settings: Any
     ) -> Gateway:
         number = len(started)
-        authenticator = {"cmd": cmd if isinstance(cmd, list) else [str(cmd)], **settings.pop("authenticator", {})}
+        authenticator = settings.pop("authenticator", {})
+        if cmd is not None:
+            authenticator = {"cmd": cmd if isinstance(cmd, list) else [str(cmd)], **authenticator}
         content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": authenticator, **settings}
         config = tmp_path / f"gateway{number}.yaml"
         config.write_text(yaml.safe_dump(content))

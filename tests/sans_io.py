@@ -2,18 +2,23 @@
 
 A peer is a list of turns. A turn is what the peer sends once the login waits for it: bytes, or a function of all that
 the login has sent by then. Turns are cut into chunks, never joined: a peer that waits for an answer cannot do that.
+
+TLS is played: a login that starts it is told what was agreed on, and reads what the peer says in it. The turn in which
+it is started is the peer's ClientHello, if there is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from pgauthproxy import _wire
+from pgauthproxy._tls import Channel
 from pgauthproxy.errors import Fault
 from pgauthproxy.proto import scram
-from pgauthproxy.proto.steps import DeriveKey, Login
+from pgauthproxy.proto.steps import DeriveKey, Login, StartTls
+from pgauthproxy.stages import Encryption
 
 Turn = bytes | Callable[[bytes], bytes]
 Cut = Callable[[bytes], Iterable[bytes]]
@@ -34,11 +39,32 @@ class Raised:
     detail: str
 
 
+class PlayedTls:
+    """A side of TLS that a login may name and must leave to whoever drives it."""
+
+    def open(self) -> Channel:
+        raise AssertionError("a login does no TLS by itself")
+
+    def describe(self, channel: Channel) -> Encryption:
+        raise AssertionError("a login does no TLS by itself")
+
+    def remember(self, channel: Channel) -> None:
+        raise AssertionError("a login does no TLS by itself")
+
+
+TLS: Final = PlayedTls()
+
+
+def encrypted(*, alpn: str = "postgresql", binding: bytes = b"") -> Encryption:
+    """What a peer and a login have agreed on."""
+    return Encryption("TLSv1.3", "TLS_AES_256_GCM_SHA384", "", alpn, binding, None)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a login went: what it sent, step by step; how it ended; what came behind what it read, if it returned."""
 
-    sent: tuple[bytes, ...]
+    sent: tuple[bytes | StartTls, ...]
     ending: Any
     rest: bytes = b""
     derived: tuple[tuple[bytes, int], ...] = field(default=())
@@ -49,13 +75,19 @@ def chunkings(data: bytes) -> list[list[bytes]]:
     return [[data], [data[i : i + 1] for i in range(len(data))], *([data[:i], data[i:]] for i in range(1, len(data)))]
 
 
-def run(login: Login[Any], framer: _wire.Framer, turns: Sequence[Turn], cut: Cut = lambda turn: (turn,)) -> Outcome:
+def run(
+    login: Login[Any],
+    framer: _wire.Framer,
+    turns: Sequence[Turn],
+    cut: Cut = lambda turn: (turn,),
+    encryption: Encryption | None = None,
+) -> Outcome:
     """Runs a login that reads from this framer until it ends or the peer has nothing more to say."""
-    sent: list[bytes] = []
+    sent: list[bytes | StartTls] = []
     derived: list[tuple[bytes, int]] = []
     turns_left = list(turns)
     chunks: list[bytes] = []
-    answer: bytes | None = None
+    answer: bytes | Encryption | None = None
 
     def outcome(ending: Any, rest: bytes = b"") -> Outcome:
         return Outcome(tuple(sent), ending, rest, tuple(derived))
@@ -69,12 +101,18 @@ def run(login: Login[Any], framer: _wire.Framer, turns: Sequence[Turn], cut: Cut
             elif isinstance(step, DeriveKey):
                 derived.append((step.salt, step.iterations))
                 answer = scram.salted_password(step.password.reveal(), step.salt, step.iterations)
+            elif isinstance(step, StartTls):
+                assert encryption is not None, "a login that should not start TLS"
+                sent.append(step)
+                framer.take_rest()
+                chunks, answer = [], encryption
             else:
                 while not chunks:
                     if not turns_left:
                         return outcome(Waiting())
                     turn = turns_left.pop(0)
-                    chunks = list(cut(turn if isinstance(turn, bytes) else turn(b"".join(sent))))
+                    said = b"".join(part for part in sent if isinstance(part, bytes))
+                    chunks = list(cut(turn if isinstance(turn, bytes) else turn(said)))
                 framer.feed(chunks.pop(0))
     except StopIteration as stop:
         return outcome(stop.value, framer.take_rest() + b"".join(chunks))
@@ -83,7 +121,10 @@ def run(login: Login[Any], framer: _wire.Framer, turns: Sequence[Turn], cut: Cut
 
 
 def run_in_every_chunking(
-    login: Callable[[_wire.Framer], Login[Any]], turns: Sequence[Turn], longest: int = 150
+    login: Callable[[_wire.Framer], Login[Any]],
+    turns: Sequence[Turn],
+    longest: int = 150,
+    encryption: Encryption | None = None,
 ) -> Outcome:
     """How a login goes; it must go the same way whole, byte by byte, and with each turn cut at each point."""
 
@@ -92,7 +133,7 @@ def run_in_every_chunking(
 
     def attempt(cut: Cut) -> Outcome:
         framer = _wire.Framer({})
-        return run(login(framer), framer, turns, cut)
+        return run(login(framer), framer, turns, cut, encryption)
 
     whole = attempt(lambda turn: (turn,))
     assert attempt(lambda turn: (turn[at : at + 1] for at in range(len(turn)))) == whole, "byte by byte"

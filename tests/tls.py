@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import socket
@@ -104,7 +105,7 @@ def self_signed(
     name: str,
     common_name: str = "localhost",
     *,
-    algorithm: hashes.HashAlgorithm | None = None,
+    algorithm: Any = None,
 ) -> Identity:
     """A certificate that no authority stands for, signed with this hash; Ed25519 has none of its own."""
     key: Any = ed25519.Ed25519PrivateKey.generate() if algorithm is None else ec.generate_private_key(ec.SECP256R1())
@@ -123,6 +124,18 @@ def pem_of(key: Any, password: bytes | None = None) -> bytes:
     encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
     pem: bytes = key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, encryption)
     return pem
+
+
+def with_negative_serial(folder: Path, name: str) -> Identity:
+    """A certificate as RFC 5280 forbids it and OpenSSL takes it; its signature is wrong."""
+    identity = self_signed(folder, name, algorithm=hashes.SHA256())
+    serial = identity.certificate.serial_number
+    written = serial.to_bytes(serial.bit_length() // 8 + 1)
+    der = identity.der.replace(
+        bytes([2, len(written)]) + written, bytes([2, len(written), written[0] | 0x80]) + written[1:]
+    )
+    identity.cert.write_text(ssl.DER_cert_to_PEM_cert(der))
+    return identity
 
 
 def server_context(identity: Identity) -> ssl.SSLContext:
@@ -149,6 +162,14 @@ class TlsClient(RawClient):
             self.socket.close()
             raise
         self.socket = self.tls
+
+    def read_to_end(self) -> bytes:
+        data = b""
+        # Raised instead of an empty read where we have said goodbye before the gateway does.
+        with contextlib.suppress(ssl.SSLZeroReturnError):
+            while chunk := self.socket.recv(65536):
+                data += chunk
+        return data
 
 
 Opening = Callable[[socket.socket], socket.socket]

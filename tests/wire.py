@@ -8,6 +8,7 @@ import struct
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import Self
 
 SECONDS = 20
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
@@ -56,7 +57,7 @@ class RawClient:
         self.socket.settimeout(SECONDS)
         self.socket.connect(("127.0.0.1" if family == socket.AF_INET else "::1", port))
 
-    def __enter__(self) -> RawClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -90,6 +90,9 @@ class CommandAuthenticator:
             self._report(question.started.accepted.session, run)
         return self._decide(run)
 
+    async def reload(self) -> None:
+        """Nothing: the command is read at each login."""
+
     async def close(self) -> None:
         if self._runner is not None:
             asyncio.get_running_loop().remove_reader(self._runner.fileno())

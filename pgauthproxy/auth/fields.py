@@ -17,8 +17,10 @@ DEFAULT_PORT: Final = 5432
 MD5_CREDENTIAL: Final = re.compile(rb"md5[0-9a-f]{32}")
 HOST_NAME: Final = re.compile(r"[A-Za-z0-9_.\-:%]+")
 PORT: Final = re.compile(r"[0-9]{1,5}")
-SOURCE_PREFIX: Final = b"_SOURCE_"
-META_PREFIX: Final = b"_META_"
+# As numbers: looking for a bytes object in another is a failed conversion first.
+NUL: Final = 0x00
+CARRIAGE_RETURN: Final = 0x0D
+OWN_PREFIXES: Final = (b"_SOURCE_", b"_META_")
 WHAT_THE_CLIENT_PROVED: Final = b"client"
 VAULT: Final = b"vault:"
 VAULT_PATH: Final = re.compile(rb"[A-Za-z0-9_\-]+(?:/[A-Za-z0-9_.\-]*[A-Za-z0-9_\-])+")
@@ -38,6 +40,15 @@ class NonsenseError(ValueError):
 
 def encode_question(question: Question) -> bytes:
     """What the authenticator reads on its standard input."""
+    lines = [b"%s=%s\n" % pair for pair in question_pairs(question)]
+    written = b"".join(lines)
+    if written.count(b"\n") != len(lines):
+        raise ValueError("a line break in a field of the authenticator's input")
+    return written
+
+
+def question_pairs(question: Question) -> list[tuple[bytes, bytes]]:
+    """The fields of a question, in the order of their lines."""
     started = question.started
     pairs = [
         *started.parameters,
@@ -49,10 +60,7 @@ def encode_question(question: Question) -> bytes:
         pairs += _encryption(started.encryption)
     if question.credential is not None:
         pairs += [(b"_SOURCE_CRED", question.credential.reveal()), (b"_SOURCE_SALT", question.salt.hex().encode())]
-    lines = [name + b"=" + value for name, value in pairs]
-    if any(b"\n" in line for line in lines):
-        raise ValueError("a line break in a field of the authenticator's input")
-    return b"\n".join(lines) + b"\n"
+    return pairs
 
 
 def _encryption(encryption: Encryption) -> Iterator[tuple[bytes, bytes]]:
@@ -73,14 +81,15 @@ def split_lines(output: bytes, max_lines: int) -> dict[bytes, bytes]:
     lines = output.split(b"\n")
     if len(lines) - (lines[-1] == b"") > max_lines:
         raise NonsenseError(f"over {max_lines} lines of output")
-    if b"\0" in output:
+    if NUL in output:
         raise NonsenseError("a NUL in the output")
     pairs: dict[bytes, bytes] = {}
+    has_returns = CARRIAGE_RETURN in output
     for line in lines:
-        name, separator, value = line.removesuffix(b"\r").partition(b"=")
+        name, separator, value = line.partition(b"=")
         if separator:
             pairs.pop(name, None)
-            pairs[name] = value
+            pairs[name] = value.removesuffix(b"\r") if has_returns else value
     return pairs
 
 
@@ -95,10 +104,8 @@ def decode_error(output: bytes, max_lines: int) -> bytes | None:
 def decode_mapping(output: bytes, max_lines: int) -> Mapping:
     """What an agreeing authenticator answers. Raises NonsenseError if no session can be made of it."""
     pairs = split_lines(output, max_lines)
-    parameters = tuple(
-        (name, value) for name, value in pairs.items() if not name.startswith((SOURCE_PREFIX, META_PREFIX))
-    )
-    if any(not name for name, _ in parameters):
+    parameters = tuple([pair for pair in pairs.items() if not pair[0].startswith(OWN_PREFIXES)])
+    if b"" in pairs:
         raise NonsenseError("a line without a name before its =")
     if not parameter(parameters, b"user"):
         raise NonsenseError("no user for the target")
@@ -137,6 +144,8 @@ def parse_leased(text: bytes) -> Leased:
 
 def _target_tls(pairs: dict[bytes, bytes]) -> tuple[tuple[str, str], ...]:
     """The TLS settings that the answer gives, by the names of TargetTls's fields."""
+    if TARGET_TLS.keys().isdisjoint(pairs):
+        return ()
     try:
         return tuple((field, pairs[name].decode()) for name, field in TARGET_TLS.items() if pairs.get(name))
     except UnicodeDecodeError:

@@ -136,6 +136,9 @@ class JwtAuthenticator:
                 return self._targets[rule.target].mapping(question.started, self._seconds_left(claims))
         raise Denied("token is good, and no rule has a target for it")
 
+    async def reload(self) -> None:
+        """Keys are read anew by themselves."""
+
     async def close(self) -> None:
         await self._keys.close()
         if self._session is not None:

@@ -126,6 +126,9 @@ class LdapAuthenticator:
             except DirectoryError as error:
                 raise AuthenticatorFault(f"directory: {error}") from None
 
+    async def reload(self) -> None:
+        """Nothing of it is read twice."""
+
     async def close(self) -> None:
         self._closed = True
         while self._kept:

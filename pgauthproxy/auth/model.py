@@ -22,23 +22,37 @@ class Question(msgspec.Struct, frozen=True):
 
 
 class Denied(Exception):
-    """A plain "no". `reason` is for the log; `told` is what the client gets instead of the usual words, if not None."""
+    """A plain "no". `reason` is for the log; `told` is what the client gets instead of the usual words, if not None.
 
-    def __init__(self, reason: str, told: bytes | None = None) -> None:
+    `verifier` is what the client is held to before it is told, and fails, whatever it answers: that of a user who may
+    not in, or one that is made up to look like others', so that neither bytes nor time tell who exists. Without it
+    nothing is compared where the client has answered already, and where it has not the gateway makes one up.
+    """
+
+    def __init__(self, reason: str, told: bytes | None = None, verifier: Secret | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.told = told
+        self.verifier = verifier
+
+
+class UnknownUser(Denied):
+    """There is nobody of that name; a `verifier` is made up."""
 
 
 class AuthenticatorConfigError(Exception):
-    """An authenticator that cannot be used as it is configured; the text is one line for the operator."""
+    """An authenticator that cannot be used as it is configured; `faults` says why, one line each for the operator."""
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
 
 
 class Authenticator(Protocol):
     """Decides about logins. One instance serves all sessions of a process.
 
     Made without any effect beyond reading files and importing code, which may raise AuthenticatorConfigError; then
-    started, asked any number of times at once, closed.
+    started, asked any number of times at once, reloaded now and then, closed.
     """
 
     async def start(self) -> None:
@@ -46,6 +60,9 @@ class Authenticator(Protocol):
 
     async def ask(self, question: Question) -> Mapping:
         """Raises Denied for "no", AuthenticatorFault if there is no answer. Cancelling it ends what it started."""
+
+    async def reload(self) -> None:
+        """Reads anew what it has read. Raises AuthenticatorConfigError; then everything stays as it was."""
 
     async def close(self) -> None:
         """Gives back what it holds; nothing is asked any more."""

@@ -2,30 +2,36 @@
 
 What a rule may put in the place of a client's words is a template: `{user}`, `{database}`, `{address}`, `{session}` and
 `{certificate}` (the subject, empty without one) stand for what is known of the client.
+
+Strategy: a mapping is made for each login, so all that does not depend on the client is made once, and templates are
+taken apart once.
 """
 
 import string
-from typing import Final
+from collections.abc import Callable
+from typing import Annotated, Final, Literal
 
 import msgspec
+from msgspec import Meta
 
 from pgauthproxy.auth import references
 from pgauthproxy.auth.fields import MD5_CREDENTIAL, VAULT, NonsenseError, parse_hosts, parse_leased
 from pgauthproxy.auth.model import AuthenticatorConfigError
+from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Leased, Mapping, Password, Started, StoredMd5
 
-TEMPLATE_NAMES: Final = ("user", "database", "address", "session", "certificate")
 PASSED_ON: Final = ("client_encoding", "DateStyle", "IntervalStyle", "TimeZone", "extra_float_digits")
+Seconds = Annotated[float, Meta(gt=0, lt=1e9)]
 
 
 class TargetTlsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What of the configuration's `target.tls` is not to hold for this target."""
 
-    mode: str | None = None
+    mode: Literal["disable", "prefer", "require", "verify-ca", "verify-full"] | None = None
     ca: str | None = None
     cert: str | None = None
     key: str | None = None
-    negotiation: str | None = None
+    negotiation: Literal["postgres", "direct"] | None = None
     name: str | None = None
 
 
@@ -47,78 +53,132 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     parameters: dict[str, str] = {}
     pass_on: list[str] = msgspec.field(default_factory=lambda: [*PASSED_ON])
     tls: TargetTlsSpec = TargetTlsSpec()
-    session_seconds: float | None = None
-    warm: int | None = None
+    session_seconds: Seconds | None = None
+    warm: Annotated[int, Meta(ge=0)] | None = None
+
+
+def _certificate(started: Started) -> bytes:
+    certificate = started.encryption.certificate if started.encryption is not None else None
+    return b"" if certificate is None else certificate.subject.encode(errors="surrogateescape")
+
+
+_Value = Callable[[Started], bytes]
+_VALUES: Final[dict[str, _Value]] = {
+    "user": lambda started: started.user,
+    "database": lambda started: started.database,
+    "address": lambda started: started.accepted.address.encode(),
+    "session": lambda started: started.accepted.session.encode(),
+    "certificate": _certificate,
+}
+TEMPLATE_NAMES: Final = tuple(_VALUES)
 
 
 class Target:
     """A target that identities can be mapped to."""
 
     def __init__(self, spec: TargetSpec) -> None:
-        """Resolves the credential. Raises AuthenticatorConfigError, which names the key."""
+        """Resolves the credential. Raises AuthenticatorConfigError with all faults; each begins with its key."""
+        faults: list[str] = []
         hosts = ",".join(spec.host) if isinstance(spec.host, list) else spec.host
         try:
             self._hosts = parse_hosts(hosts.encode())
         except NonsenseError as error:
-            raise AuthenticatorConfigError(f"host: {str(error).replace('_META_TARGET_HOST', 'it')}") from None
-        self._templates = {"user": spec.user, "database": spec.database or "{database}"} | spec.parameters
+            faults.append(f"host: {str(error).replace('_META_TARGET_HOST', 'address')}")
+        templates = {"user": spec.user, "database": spec.database or "{database}"}
         if spec.application_name:
-            self._templates["application_name"] = spec.application_name
-        for name, template in self._templates.items():
-            _check_template(name, template)
-        self._passed_on = frozenset(name.encode() for name in spec.pass_on) - {
-            name.encode() for name in self._templates
-        }
+            templates["application_name"] = spec.application_name
+        if not spec.user:
+            faults.append("user: is empty")
+        for name in spec.parameters:
+            if name in ("user", "database", "application_name"):
+                faults.append(f"parameters.{name}: stands beside parameters, not in them")
+            elif not name or "\0" in name:
+                faults.append("parameters: a name that is none")
+        self._parameters: list[tuple[bytes, bytes | tuple[bytes | _Value, ...]]] = []
+        for name, template in (templates | spec.parameters).items():
+            try:
+                self._parameters.append((name.encode(), _take_apart(template)))
+            except ValueError as error:
+                faults.append(f"{name if name in templates else f'parameters.{name}'}: {error}")
+        self._passed_on = {name.encode() for name in spec.pass_on} - {name for name, _ in self._parameters}
         if not spec.application_name:
             self._passed_on |= {b"application_name"}
-        self._credential = _credential(spec.password)
-        self._tls = tuple(
+        try:
+            self._credential = _credential(spec.password)
+        except AuthenticatorConfigError as error:
+            faults += (f"password: {fault}" for fault in error.faults)
+        self.tls: Final = tuple(
             (field, value) for field, value in msgspec.structs.asdict(spec.tls).items() if value is not None
         )
         self._session_seconds = spec.session_seconds
         self._warm = spec.warm
+        if faults:
+            raise AuthenticatorConfigError(*faults)
 
-    def mapping(self, started: Started, session_seconds: float | None = None) -> Mapping:
+    @property
+    def borrows(self) -> bool:
+        """Whether somebody must lend the credential."""
+        return isinstance(self._credential, Leased)
+
+    def mapping(
+        self, started: Started, session_seconds: float | None = None, verifier: Secret | None = None
+    ) -> Mapping:
         """The mapping of one client. `session_seconds` bounds its session if that is less than what the target says."""
-        values = _template_values(started)
         parameters = [
-            (name.encode(), template.format_map(values).encode(errors="surrogateescape"))
-            for name, template in self._templates.items()
+            (name, value if isinstance(value, bytes) else _put_together(value, started))
+            for name, value in self._parameters
         ]
-        passed = [(name, value) for name, value in started.parameters if name in self._passed_on]
-        bounds = [bound for bound in (self._session_seconds, session_seconds) if bound is not None]
+        passed_on = self._passed_on
+        parameters += [pair for pair in started.parameters if pair[0] in passed_on]
+        bound = self._session_seconds
+        if session_seconds is not None and (bound is None or session_seconds < bound):
+            bound = session_seconds
         return Mapping(
             hosts=self._hosts,
-            parameters=(*parameters, *passed),
+            parameters=tuple(parameters),
             credential=self._credential,
-            tls=self._tls,
-            session_seconds=min(bounds) if bounds else None,
+            verifier=verifier,
+            tls=self.tls,
+            session_seconds=bound,
             warm=self._warm,
         )
 
 
-def _template_values(started: Started) -> dict[str, str]:
-    certificate = started.encryption.certificate if started.encryption is not None else None
-    return {
-        "user": started.user.decode(errors="surrogateescape"),
-        "database": started.database.decode(errors="surrogateescape"),
-        "address": started.accepted.address,
-        "session": started.accepted.session,
-        "certificate": certificate.subject if certificate is not None else "",
-    }
+TargetFault = Callable[[Target], str | None]
+"""What is wrong with a target as things stand here, if anything; begins with its key."""
 
 
-def _check_template(name: str, template: str) -> None:
-    """Nothing but the known names may stand in braces. Raises AuthenticatorConfigError."""
+def build_target(spec: TargetSpec, target_fault: TargetFault) -> Target:
+    """A target, wherever it stands. Raises AuthenticatorConfigError with all faults; each begins with its key."""
+    target = Target(spec)
+    if fault := target_fault(target):
+        raise AuthenticatorConfigError(fault)
+    return target
+
+
+def _take_apart(template: str) -> bytes | tuple[bytes | _Value, ...]:
+    """What a template is made of: bytes if it is the same for all clients. Raises ValueError."""
+    parts: list[bytes | _Value] = []
+    known = ", ".join(f"{{{name}}}" for name in TEMPLATE_NAMES)
+    if "\0" in template:
+        raise ValueError("a NUL in it")
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-        template.format_map(dict.fromkeys(TEMPLATE_NAMES, ""))
-    except (ValueError, KeyError, IndexError, AttributeError):
-        fields = [template]
-    for field in fields:
-        if field not in TEMPLATE_NAMES:
-            known = ", ".join(f"{{{known}}}" for known in TEMPLATE_NAMES)
-            raise AuthenticatorConfigError(f"{name}: in braces stand only {known}")
+        for literal, field, layout, conversion in string.Formatter().parse(template):
+            if literal:
+                parts.append(literal.encode(errors="surrogateescape"))
+            if field is not None:
+                if layout or conversion:
+                    raise KeyError(field)
+                parts.append(_VALUES[field])
+    except (ValueError, KeyError):
+        raise ValueError(f"in braces stand only {known}") from None
+    if any(type(part) is not bytes for part in parts):
+        return tuple(parts)
+    return b"".join(part for part in parts if type(part) is bytes)
+
+
+def _put_together(parts: tuple[bytes | _Value, ...], started: Started) -> bytes:
+    return b"".join([part if isinstance(part, bytes) else part(started) for part in parts])
 
 
 def _credential(text: str) -> Password | StoredMd5 | Leased | None:

@@ -121,6 +121,9 @@ class VaultAuthenticator:
             return msgspec.structs.replace(mapping, credential=Leased(mapping.credential.path, self))
         return mapping
 
+    async def reload(self) -> None:
+        await self._inner.reload()
+
     async def close(self) -> None:
         await self._inner.close()
         pending = [*self._borrowing, *self._returning]

@@ -3,7 +3,7 @@
 import difflib
 import os
 import shlex
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,12 +12,14 @@ import msgspec
 import yaml
 
 from pgauthproxy.config import schema
-from pgauthproxy.config.schema import Key, Settings
+from pgauthproxy.config.schema import AuthenticatorSettings, Key, Settings
 
 FILE_NAMES: Final = ("pgAuthProxy.yaml", "pgauthproxy.yaml")
 ENVIRONMENT_PREFIX: Final = "PGPROXY_"
 # The one variable of pgAuthProxy whose name is not made from its key's path.
 ENVIRONMENT_ALIASES: Final = {"PGPROXY_CLEAR_PASSWD": "authenticator.cleartext_password"}
+SECTIONS: Final = {"authenticator.chain": AuthenticatorSettings}
+"""Settings that are lists of whole sections."""
 TRUE_WORDS: Final = ("1", "t", "T", "TRUE", "true", "True")
 FALSE_WORDS: Final = ("0", "f", "F", "FALSE", "false", "False")
 
@@ -88,7 +90,7 @@ def load(config: Path | None, flags: Mapping[str, object], environment: Mapping[
     return Loaded(settings, origins, tuple(warnings))
 
 
-def _read_file(file: Path, known: Container[str]) -> Iterator[tuple[str, object]]:
+def _read_file(file: Path, known: Mapping[str, Key]) -> Iterator[tuple[str, object]]:
     """The pairs of a YAML file, whatever its name; paths in lower case."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -103,10 +105,10 @@ def _read_file(file: Path, known: Container[str]) -> Iterator[tuple[str, object]
     yield from _flatten(content, "", known)
 
 
-def _flatten(content: dict[Any, Any], prefix: str, known: Container[str]) -> Iterator[tuple[str, object]]:
+def _flatten(content: dict[Any, Any], prefix: str, known: Mapping[str, Key]) -> Iterator[tuple[str, object]]:
     for name, value in content.items():
         path = f"{prefix}{name}".lower()
-        if isinstance(value, dict) and path not in known:
+        if isinstance(value, dict) and not (path in known and isinstance(known[path].default, dict)):
             yield from _flatten(value, path + ".", known)
         elif value is not None:
             yield path, value
@@ -115,18 +117,33 @@ def _flatten(content: dict[Any, Any], prefix: str, known: Container[str]) -> Ite
 def _convert(key: Key, value: object) -> object:
     """A value as its type; text (from the environment, a flag, or quoted in the file) is read as the type demands."""
     if isinstance(value, str):
-        if key.path == "authenticator.cmd":
+        if (key.owner, key.name) == (AuthenticatorSettings, "cmd"):
             value = shlex.split(value)
         elif key.holds_structs:
-            value = yaml.safe_load(value)
-        elif isinstance(key.default, list) or key.path == "authenticator.env":
+            value = _parse_yaml(value)
+        elif isinstance(key.default, list) or (key.owner, key.name) == (AuthenticatorSettings, "env"):
             value = [part.strip() for part in value.split(",")]
         elif isinstance(key.default, bool):
             value = _parse_bool(value)
     elif isinstance(value, float) and isinstance(key.default, str):
-        # A version, 1.3 say, as people write it.
+        # A version: YAML takes 1.3 for a number.
         value = str(value)
+    if key.path in SECTIONS and isinstance(value, list):
+        value = [_convert_section(content, SECTIONS[key.path]) for content in value]
     return msgspec.convert(value, key.type, strict=False)
+
+
+def _convert_section(content: object, struct: type[msgspec.Struct]) -> msgspec.Struct:
+    """A section that stands in a list. Raises ValueError."""
+    if not isinstance(content, dict):
+        raise ValueError("not a list of mappings of keys to values")
+    known = {key.path: key for key in schema.all_keys(struct)}
+    tree: dict[str, Any] = {}
+    for path, value in _flatten(content, "", known):
+        if path not in known:
+            raise ValueError(f"unknown key {path}{_nearest(path, known)}")
+        _put(tree, path, _convert(known[path], value))
+    return msgspec.convert(tree, struct)
 
 
 def _parse_bool(text: str) -> bool:
@@ -135,6 +152,13 @@ def _parse_bool(text: str) -> bool:
     if text in FALSE_WORDS:
         return False
     raise ValueError("neither true nor false")
+
+
+def _parse_yaml(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError("not YAML") from None
 
 
 def _put(tree: dict[str, Any], path: str, value: object) -> None:

@@ -16,7 +16,7 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 BoundedBytes = Annotated[int, Meta(ge=1, le=1 << 24)]
-Kind = Literal["command", "ldap", "jwt"]
+Kind = Literal["command", "worker", "users", "ldap", "jwt", "chain"]
 Method = Literal["md5", "cleartext", "scram-sha-256", "cert", "oauth"]
 Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "ES256K", "EdDSA"]
 TargetTlsMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
@@ -30,6 +30,23 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def _default_parallel() -> int:
     """2 for each core, at least 8"""
     return max(8, 2 * (os.cpu_count() or 1))
+
+
+class UsersSettings(_Settings, frozen=True):
+    """The kind `users`."""
+
+    file: str = ""
+    """A YAML file with users and the targets that they are mapped to (docs/users.md), with a mode as `tls.key`. Read
+    anew on SIGHUP."""
+
+
+class WorkersSettings(_Settings, frozen=True):
+    """The processes of the kind `worker`."""
+
+    min: Count = 1
+    """How many run at least."""
+    max: Annotated[int, Meta(ge=1, le=1024)] = msgspec.field(default_factory=_default_parallel)
+    """How many run at most. Each has one login in hand; other logins wait in order."""
 
 
 class LdapRule(_Settings, frozen=True):
@@ -165,19 +182,32 @@ class VaultSettings(_Settings, frozen=True):
     """For getting a credential, all tries together, and for giving it back. Should be below `login_timeout`."""
 
 
+class CacheSettings(_Settings, frozen=True):
+    """Answers that are kept for as long as the authenticator says (`_META_CACHE_SECONDS`)."""
+
+    max_seconds: NotNegative = 300.0
+    """The longest that an answer is kept, whatever the authenticator says. 0: none is kept."""
+    max_entries: Count = 10_000
+    """How many are kept; the one that was used least lately goes first."""
+
+
 class AuthenticatorSettings(_Settings, frozen=True):
     """Who decides about logins."""
 
     kind: Kind | None = None
-    """What the authenticator is. Without it: what the other settings ask for, `command` if `cmd` is set."""
+    """What the authenticator is. `command`: `cmd` is run for each login. `worker`: `cmd` is kept running and answers
+    one login after the other. `users`: a file (docs/users.md). `ldap`: a directory (docs/ldap.md). `jwt`: tokens
+    (docs/jwt.md). `chain`: those of `chain`. Without it: what the other settings ask for, `command` if `cmd` is set,
+    `users` if `users.file` is."""
     cmd: list[str] = []
     """The authenticator command: a list, or one string that is split as a shell would. No shell runs it."""
     env: list[str] | None = None
     """Names of the environment variables that the command gets. Without it: all of the gateway's."""
     method: Method | None = None
-    """How clients prove who they are. `md5` (the default): a salted MD5 of the password, which the authenticator
-    judges. `cleartext`: the password as it is. `scram-sha-256`: the authenticator gives a verifier, the gateway
-    compares. `cert`: by a client certificate alone. `oauth`: by a bearer token, over TLS alone."""
+    """How clients prove who they are. `md5`: a salted MD5 of the password, which the authenticator judges.
+    `cleartext`: the password as it is. `scram-sha-256`: the authenticator gives a verifier, the gateway compares.
+    `cert`: by a client certificate alone. `oauth`: by a bearer token, over TLS alone. Without it: `scram-sha-256` with
+    the kind `users`, else `md5`."""
     cleartext_password: bool = False
     """The old way to say `method: cleartext`."""
     scram_iterations: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
@@ -185,8 +215,22 @@ class AuthenticatorSettings(_Settings, frozen=True):
     scram_seed: str = ""
     """A secret from which the salts that refused users are shown are made, so that they stay the same. Without it they
     are made from `tls.key`, and where there is none they change with each start."""
+    users: UsersSettings = UsersSettings()
+    workers: WorkersSettings = WorkersSettings()
+    chain: list["AuthenticatorSettings"] = []
+    """Several authenticators, each with settings of this section (but not `method` and what belongs to it, `cache` and
+    `vault`; its `targets` are added to those here): the first that lets a client in decides, and one that fails ends
+    the row."""
+    targets: dict[str, TargetSpec] = {}
+    """Named targets for the rules of the kinds `ldap` and `jwt`: a mapping of name to `host`, `user` and so on, as in a
+    file of users (docs/users.md)."""
+    ldap: LdapSettings = LdapSettings()
+    jwt: JwtSettings = JwtSettings()
+    oauth: OauthSettings = OauthSettings()
+    vault: VaultSettings = VaultSettings()
+    cache: CacheSettings = CacheSettings()
     timeout: Positive = 10.0
-    """How long the command may run. Then TERM goes to its process group."""
+    """How long the command may run, or a worker take to answer. Then TERM goes to its process group."""
     grace: NotNegative = 1.0
     """From TERM to KILL."""
     max_parallel: Annotated[int, Meta(ge=1, le=1024)] = msgspec.field(default_factory=_default_parallel)
@@ -197,13 +241,11 @@ class AuthenticatorSettings(_Settings, frozen=True):
     """Lines of output; more are an error."""
     max_errors: BoundedBytes = 65_536
     """Bytes of standard error that reach the log, in at most 256 lines; the rest is dropped."""
-    targets: dict[str, TargetSpec] = {}
-    """Named targets, for kinds that map by rules: a mapping of name to `host`, `user`, `database`, `password`,
-    `application_name`, `parameters`, `pass`, `tls`, `session_seconds`, `warm`."""
-    ldap: LdapSettings = LdapSettings()
-    jwt: JwtSettings = JwtSettings()
-    oauth: OauthSettings = OauthSettings()
-    vault: VaultSettings = VaultSettings()
+
+    @property
+    def decided_kind(self) -> Kind | None:
+        """What the authenticator is; None if none is configured."""
+        return self.kind or ("chain" if self.chain else "command" if self.cmd else "users" if self.users.file else None)
 
 
 class CertificateSettings(_Settings, frozen=True):
@@ -238,9 +280,10 @@ class TlsSettings(_Settings, frozen=True):
 class TargetTlsSettings(_Settings, frozen=True):
     """TLS with targets, where the authenticator says nothing else."""
 
-    mode: TargetTlsMode = "prefer"
-    """As libpq's sslmode. `prefer` protects against nobody who can do more than listen; it falls back on plain. Unix
-    sockets never use TLS. `_META_TARGET_TLS` is the authenticator's word for it."""
+    mode: TargetTlsMode | None = None
+    """As libpq's sslmode. `prefer`, the default, protects against nobody who can do more than listen; it falls back on
+    plain. With `ca: system` the default is `verify-full`. Unix sockets never use TLS. `_META_TARGET_TLS` is the
+    authenticator's word for it."""
     ca: str = ""
     """The authorities that targets' certificates must be signed by: a PEM file, or `system` with mode `verify-full`.
     With it, `require` means `verify-ca`. (`_META_TARGET_CA`)"""
@@ -254,6 +297,11 @@ class TargetTlsSettings(_Settings, frozen=True):
     name: str = ""
     """What a target's certificate must be for, if not the host's name. (`_META_TARGET_TLS_NAME`)"""
 
+    @property
+    def decided_mode(self) -> TargetTlsMode:
+        """The mode that is in force."""
+        return self.mode or ("verify-full" if self.ca == "system" else "prefer")
+
 
 class TargetSettings(_Settings, frozen=True):
     """The servers that sessions are sent to."""
@@ -262,6 +310,9 @@ class TargetSettings(_Settings, frozen=True):
     protocol: Literal["3.0", "3.2"] = "3.0"
     """The version that targets are asked for. 3.2 gets longer cancel keys from PostgreSQL 18 and newer; some older
     servers refuse it. Clients get what they ask for, whatever this is."""
+    warm: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """How many connections to each target used lately stand open before they are needed, TLS done and nothing else: a
+    login there takes a third less time. Each serves one login. The authenticator's targets may say otherwise."""
     connect_timeout: Positive = 5.0
     """For connecting to one address."""
     login_timeout: Positive = 15.0
@@ -338,21 +389,19 @@ class Settings(_Settings, frozen=True):
     """Longest message of a SCRAM exchange."""
 
     @property
-    def kind(self) -> Kind | None:
-        """What the authenticator is; None if none is configured."""
-        asked = self.authenticator
-        return asked.kind or ("command" if asked.cmd else None)
-
-    @property
     def method(self) -> Method:
         """How clients prove who they are, in one word."""
         asked = self.authenticator
-        return asked.method or ("cleartext" if asked.cleartext_password else "md5")
+        if asked.cleartext_password:
+            return asked.method or "cleartext"
+        return asked.method or ("scram-sha-256" if asked.decided_kind == "users" else "md5")
 
     @property
     def oauth_issuer(self) -> str:
         """Who gives bearer tokens."""
-        return self.authenticator.oauth.issuer or self.authenticator.jwt.issuer
+        asked = self.authenticator
+        links = (link.jwt.issuer for link in (asked, *asked.chain) if link.jwt.issuer)
+        return asked.oauth.issuer or next(links, "")
 
     @property
     def tls_mode(self) -> str:
@@ -408,14 +457,17 @@ def all_keys(struct: type[msgspec.Struct] = Settings, prefix: str = "") -> Itera
 
 def in_force(settings: Settings, key: Key) -> object:
     """The value of one setting; where it is not set and something follows from that, what follows."""
-    following = {
-        "authenticator.kind": "kind",
-        "authenticator.method": "method",
-        "authenticator.oauth.issuer": "oauth_issuer",
-        "tls.mode": "tls_mode",
-    }
-    if key.path in following:
-        return getattr(settings, following[key.path])
+    match key.path:
+        case "authenticator.kind":
+            return settings.authenticator.decided_kind
+        case "authenticator.method":
+            return settings.method
+        case "authenticator.oauth.issuer":
+            return settings.oauth_issuer
+        case "tls.mode":
+            return settings.tls_mode
+        case "target.tls.mode":
+            return settings.target.tls.decided_mode
     value: object = settings
     for name in key.path.split("."):
         value = getattr(value, name)
@@ -432,13 +484,32 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield "tls.cert, tls.key: need each other"
     if settings.tls.client_cert != "none" and not settings.tls.client_ca:
         yield f"tls.client_cert: {settings.tls.client_cert} needs tls.client_ca"
+    yield from _authenticator_conflicts(settings.authenticator, "authenticator", settings.method)
     if settings.method == "cert" and (settings.tls_mode == "disable" or settings.tls.client_cert == "none"):
         yield "authenticator.method: cert needs TLS, and tls.client_cert optional or require"
-    if settings.kind == "ldap" and settings.method != "cleartext":
-        yield "authenticator.method: kind ldap needs cleartext: the directory takes nothing but the password itself"
-    if settings.kind == "jwt" and settings.method not in ("cleartext", "oauth"):
-        yield "authenticator.method: kind jwt needs cleartext or oauth, for the token to come as it is"
     if settings.method == "oauth" and settings.tls_mode == "disable":
         yield "authenticator.method: oauth needs TLS"
     if settings.method == "oauth" and not settings.oauth_issuer:
         yield "authenticator.oauth.issuer: oauth needs it"
+
+
+def _authenticator_conflicts(asked: AuthenticatorSettings, section: str, method: Method) -> Iterator[str]:
+    kind = asked.decided_kind
+    if asked.kind in ("command", "worker") and not asked.cmd:
+        yield f"{section}.kind: {asked.kind} needs cmd"
+    if asked.kind == "users" and not asked.users.file:
+        yield f"{section}.kind: users needs users.file"
+    if asked.kind is None and not asked.chain and asked.cmd and asked.users.file:
+        yield f"{section}.kind: must say which, since both cmd and users.file are set"
+    if kind == "users" and method == "oauth":
+        yield f"{section}.kind: users knows no tokens, and authenticator.method is oauth"
+    if kind == "ldap" and method != "cleartext":
+        yield "authenticator.method: kind ldap needs cleartext: the directory takes nothing but the password itself"
+    if kind == "jwt" and method not in ("cleartext", "oauth"):
+        yield "authenticator.method: kind jwt needs cleartext or oauth, for the token to come as it is"
+    if asked.workers.max < asked.workers.min:
+        yield f"{section}.workers: max is less than min"
+    for number, link in enumerate(asked.chain, 1):
+        yield from _authenticator_conflicts(link, f"{section}.chain, {number}", method)
+        if link.vault.address:
+            yield f"{section}.chain, {number}.vault: stands beside chain, not in it"

@@ -8,10 +8,12 @@ TLS alone. A credential that is made for one session is made last of all, for wh
 """
 
 import asyncio
+import contextlib
 import hmac
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from pgauthproxy._digest import md5_answer, md5_password
 from pgauthproxy.auth.model import Authenticator, Denied, Question
@@ -23,13 +25,32 @@ from pgauthproxy.errors import (
     refused_token,
     wrong_password,
 )
-from pgauthproxy.gateway.client_leg import ClientLeg, ClientPolicy
+from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.proto import scram
 from pgauthproxy.proto.client_login import MD5_ANSWER, NO_SALT, Proof
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import FromClient, Granted, Leased, Mapping, Password, ProvedKeys, Started
 
 Watcher = Callable[[], object]
+
+
+class Client(Protocol):
+    """A client, as far as it proves who it is."""
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Calls `watcher` once the client is gone."""
+
+    async def receive_password(self, started: Started, policy: ClientPolicy) -> Proof:
+        """Its answer to a request for a password, or for the MD5 of it."""
+
+    async def receive_scram(self, started: Started, verifier: scram.Verifier, policy: ClientPolicy) -> scram.Keys:
+        """Its keys, once it has proved that it knows the password of this verifier."""
+
+    async def receive_token(self, started: Started, policy: ClientPolicy) -> Secret:
+        """Its bearer token."""
+
+    async def refuse_token(self, policy: ClientPolicy) -> None:
+        """Ends the exchange of a token that will not do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +62,7 @@ class Admission:
     seed: Secret
     scram_iterations: int
 
-    async def admit(self, started: Started, client: ClientLeg, client_left: Watcher) -> Granted:
+    async def admit(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         """The grant, once the client has proved what it must. `client_left` is called if it goes meanwhile.
 
         Raises ClientFault and AuthenticatorFault.
@@ -57,22 +78,28 @@ class Admission:
         except Denied as denied:
             raise wrong_password(started.user, denied.reason, denied.told) from None
 
-    async def _by_password(self, started: Started, client: ClientLeg, client_left: Watcher) -> Granted:
+    async def _by_password(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         proof = await client.receive_password(started, self.policy)
         client.watch(client_left)
-        mapping, seconds = await self._ask(Question(started, proof.method, proof.answer, proof.salt))
+        try:
+            mapping, seconds = await self._ask(Question(started, proof.method, proof.answer, proof.salt))
+        except Denied as denied:
+            if denied.verifier is not None:
+                with contextlib.suppress(ClientFault):
+                    await _compare(started, denied.verifier.reveal(), proof)
+            raise
         if mapping.verifier is not None:
             await _compare(started, mapping.verifier.reveal(), proof)
         return await _grant(started, mapping, Password(proof.answer) if proof.method == "cleartext" else None, seconds)
 
-    async def _by_certificate(self, started: Started, client: ClientLeg, client_left: Watcher) -> Granted:
+    async def _by_certificate(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         if started.encryption is None or started.encryption.certificate is None:
             raise ClientFault(INVALID_AUTHORIZATION, "connection requires a valid client certificate")
         client.watch(client_left)
         mapping, seconds = await self._ask(Question(started, self.policy.method))
         return await _grant(started, mapping, None, seconds)
 
-    async def _by_token(self, started: Started, client: ClientLeg, client_left: Watcher) -> Granted:
+    async def _by_token(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         if started.encryption is None:
             raise ClientFault(INVALID_AUTHORIZATION, "OAuth bearer authentication requires TLS")
         token = await client.receive_token(started, self.policy)
@@ -82,14 +109,17 @@ class Admission:
         except Denied as denied:
             await client.refuse_token(self.policy)
             raise refused_token(started.user, denied.reason, denied.told) from None
+        if mapping.verifier is not None:
+            # Nothing holds a token to it, so to go on would let anybody in.
+            raise AuthenticatorFault("authenticator gave a _META_SOURCE_VERIFIER that method oauth cannot use")
         return await _grant(started, mapping, None, seconds)
 
-    async def _by_scram(self, started: Started, client: ClientLeg, client_left: Watcher) -> Granted:
+    async def _by_scram(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         client.watch(client_left)
         try:
             mapping, seconds = await self._ask(Question(started, self.policy.method))
-        except Denied:
-            await self._fail_by_scram(started, client)
+        except Denied as denied:
+            await self._fail_by_scram(started, client, denied.verifier)
             raise
         verifier = scram.Verifier.parse(mapping.verifier.reveal()) if mapping.verifier is not None else None
         if verifier is None:
@@ -98,9 +128,13 @@ class Admission:
         proved = ProvedKeys(Secret(keys.client), Secret(keys.server), verifier.salt, verifier.iterations)
         return await _grant(started, mapping, proved, seconds)
 
-    async def _fail_by_scram(self, started: Started, client: ClientLeg) -> None:
+    async def _fail_by_scram(self, started: Started, client: Client, like: Secret | None) -> None:
         """The same exchange as for anybody, so that nobody learns who exists, with a verifier that nothing fits."""
-        verifier = scram.Verifier.made_up(started.user, self.seed.reveal(), self.scram_iterations)
+        given = scram.Verifier.parse(like.reveal()) if like is not None else None
+        if given is not None:
+            verifier = given.unfitting()
+        else:
+            verifier = scram.Verifier.made_up(started.user, self.seed.reveal(), self.scram_iterations)
         try:
             await client.receive_scram(started, verifier, self.policy)
         except ClientFault as fault:

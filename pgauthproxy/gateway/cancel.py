@@ -16,6 +16,7 @@ from pgauthproxy.proto.steps import TlsPlan
 from pgauthproxy.stages import Address
 
 PROCESS_ID_BYTES: Final = 4
+MOST_PROCESS_ID: Final = 0x7FFFFFFF
 SECRET_BYTES: Final = 4
 LONG_SECRET_BYTES: Final = 32
 LONG_SECRETS_SINCE: Final = 2
@@ -51,7 +52,7 @@ class CancelKeys:
         """
         process_id = 0
         while process_id == 0 or process_id in self._sessions:
-            process_id = secrets.randbits(31)
+            process_id = int.from_bytes(secrets.token_bytes(PROCESS_ID_BYTES)) & MOST_PROCESS_ID
         self._sessions[process_id] = session
         size = LONG_SECRET_BYTES if minor >= LONG_SECRETS_SINCE else SECRET_BYTES
         session.cancel_key = process_id.to_bytes(PROCESS_ID_BYTES) + secrets.token_bytes(size)

@@ -75,8 +75,8 @@ class ClientLeg(Leg):
         await self.drive(client_login.refuse_oauthbearer(self.framer, policy.token_error, policy.max_password_message))
 
     def refuse(self, fault: Fault) -> None:
-        """Says why, where PostgreSQL would say anything, and closes."""
-        if fault.told is not None and not self.gone:
+        """Says why, where PostgreSQL would say anything and the client could hear it, and closes."""
+        if fault.told is not None and not self.gone and not self.shaking_hands:
             self.send(messages.fatal(fault.sqlstate, fault.told))
         self.close()
 

@@ -8,12 +8,12 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar, cast
+from typing import Final, TypeVar
 
 from pgauthproxy import _relay, _wire
 from pgauthproxy._tls import Channel
 from pgauthproxy.errors import Fault, TlsError
-from pgauthproxy.proto.steps import DeriveKey, Login, More, StartTls
+from pgauthproxy.proto.steps import MORE, DeriveKey, Login, StartTls
 from pgauthproxy.stages import Encryption
 
 T = TypeVar("T")
@@ -28,8 +28,11 @@ class Leg(asyncio.BufferedProtocol):
 
     It owns a connected, non-blocking socket, which becomes the loop's when there is first something to wait for: what
     a login has to say before that is on its way by then. It reads into the same buffer as the ends that forward later,
-    so that handing over changes nothing but the protocol.
+    so that handing over changes nothing but the protocol. `heard`: whether anything was received since it was set back.
     """
+
+    # The loop looks for it, and not finding it is an exception each time.
+    data_received = None
 
     def __init__(self, connection: socket.socket, buffer: _relay.ForwardBuffer) -> None:
         self.framer = _wire.Framer({})
@@ -37,6 +40,8 @@ class Leg(asyncio.BufferedProtocol):
         self.tls: Channel | None = None
         self.at_eof = False
         self.error: Exception | None = None
+        self.shaking_hands = False
+        self.heard = False
         self._connection = connection
         self._transport: asyncio.Transport | None = None
         self._unsent = b""
@@ -56,7 +61,9 @@ class Leg(asyncio.BufferedProtocol):
 
     def _send(self, data: bytes) -> None:
         if self._transport is not None:
-            self._transport.write(data)
+            # It may have been lost while a thread was at work.
+            if not self._transport.is_closing():
+                self._transport.write(data)
             return
         sent = 0
         if not self._unsent:
@@ -65,7 +72,7 @@ class Leg(asyncio.BufferedProtocol):
                 sent = self._connection.send(data)
         self._unsent += data[sent:]
 
-    async def _open(self) -> asyncio.Transport:
+    async def open(self) -> asyncio.Transport:
         """The transport, made at the first call."""
         if self._transport is None:
             try:
@@ -81,13 +88,13 @@ class Leg(asyncio.BufferedProtocol):
         return self._transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports have the interface without the class.
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = transport  # type: ignore[assignment]  # uvloop's have the interface without the class
 
     def get_buffer(self, size_hint: int) -> bytearray:
         return self._buffer.space
 
     def buffer_updated(self, count: int) -> None:
+        self.heard = True
         data = memoryview(self._buffer.space)[:count]
         if self.tls is None:
             self.framer.feed(data)
@@ -101,12 +108,16 @@ class Leg(asyncio.BufferedProtocol):
         """Feeds what the records say. False if the connection is of no use any more."""
         try:
             self.framer.feed(tls.decrypt(data))
+            output = tls.take_output()
+            if output and self._transport is not None and self._transport.get_write_buffer_size() > MAX_PENDING:
+                raise TlsError("the peer makes TLS talk and does not listen", b"")
         except TlsError as error:
             self.error = error
+            self._lost = True
             self._send(error.alert)
             self.abort()
             return False
-        if output := tls.take_output():
+        if output:
             self._send(output)
         if tls.finished:
             self.at_eof = True
@@ -142,10 +153,10 @@ class Leg(asyncio.BufferedProtocol):
             while True:
                 step = login.send(answer)
                 answer = None
-                if isinstance(step, bytes):
-                    self.send(step)
-                elif isinstance(step, More):
+                if step is MORE:
                     await self._more()
+                elif isinstance(step, bytes):
+                    self.send(step)
                 elif isinstance(step, StartTls):
                     answer = await self._start_tls(step)
                 else:
@@ -157,6 +168,7 @@ class Leg(asyncio.BufferedProtocol):
 
     async def _start_tls(self, step: StartTls) -> Encryption:
         """The handshake. What costs milliseconds of it runs in a thread, and nothing is read meanwhile."""
+        self.shaking_hands = True
         try:
             tls = step.side.open()
             output = tls.handshake(b"") if not self.framer.pending else b""
@@ -171,6 +183,7 @@ class Leg(asyncio.BufferedProtocol):
         except TlsError as error:
             self._send(error.alert)
             raise self.tls_fault(error) from None
+        self.shaking_hands = False
         self.tls = tls
         if not self._decrypt(tls, self.framer.take_rest()):
             raise self.gone_fault()
@@ -182,7 +195,7 @@ class Leg(asyncio.BufferedProtocol):
             raise self.gone_fault()
         if self._transport is None:
             # Something may be here before we are told that the transport stands: then there is nothing to wait for.
-            await self._open()
+            await self.open()
             if self.framer.pending or self.at_eof:
                 return
         else:
@@ -193,7 +206,7 @@ class Leg(asyncio.BufferedProtocol):
 
     async def until_gone(self) -> None:
         """Waits until the peer has closed its side. What it says until then is dropped."""
-        await self._open()
+        await self.open()
         while not self._lost and not self.at_eof:
             await self._wait()
             self.framer.take_rest()

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -19,12 +19,13 @@ from pgauthproxy.errors import (
 )
 from pgauthproxy.gateway.leg import Leg
 from pgauthproxy.gateway.salted_keys import SaltedKeys
+from pgauthproxy.gateway.warm import WarmTargets
 from pgauthproxy.net import dial
 from pgauthproxy.net.tls import TargetContexts
 from pgauthproxy.proto import messages, target_tls
-from pgauthproxy.proto.steps import TlsPlan
-from pgauthproxy.proto.target_login import TargetLimits, TargetTerms, target_login
-from pgauthproxy.stages import Address, Attached, Granted, TargetTls
+from pgauthproxy.proto.steps import Login, TlsPlan
+from pgauthproxy.proto.target_login import TargetLimits, TargetTerms, Welcome, log_in, target_login
+from pgauthproxy.stages import Address, Attached, Encryption, Granted, TargetTls
 
 PLAIN_SECONDS: Final = 60.0
 """How long a target that speaks no TLS, where that is only preferred, is not asked for it again."""
@@ -33,13 +34,17 @@ MAX_PLAIN: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class TargetPolicy:
-    """How targets are reached, and what they may send. Times in seconds."""
+    """How targets are reached, and what they may send. Times in seconds.
+
+    `warm`: how many connections stand open before they are needed.
+    """
 
     connect_timeout: float
     login_timeout: float
     error_text: bool
     version: int
     tls: TargetTls
+    warm: int
     limits: TargetLimits
     tcp: dial.TcpOptions
 
@@ -48,9 +53,13 @@ class TargetLeg(Leg):
     """A connection to a target that is not let in yet. `plan` is how TLS came about, None without it."""
 
     plan: TlsPlan | None = None
+    encryption: Encryption | None = None
 
     def gone_fault(self) -> Fault:
-        detail = f"target closed the connection during the login: {self.error or 'end of file'}"
+        how = self.error or "end of file"
+        if self.shaking_hands:
+            return TlsRefused(f"target closed the connection during the TLS handshake: {how}")
+        detail = f"target closed the connection during the login: {how}"
         return TargetFault(CONNECTION_FAILURE, "the target server closed the connection", detail)
 
     def tls_fault(self, error: TlsError) -> Fault:
@@ -65,11 +74,13 @@ class Targets:
         self.buffer = buffer
         self.salted = SaltedKeys()
         self.contexts = TargetContexts(policy.tls)
+        self.warm = WarmTargets(self._open_warm)
         self._plain_until: dict[Address, float] = {}
 
     def forget_certificates(self) -> None:
         """Certificates, keys and authorities are read anew when they are next needed."""
         self.contexts = TargetContexts(self.policy.tls)
+        self.warm.close()
 
     def is_plain(self, address: Address) -> bool:
         """Whether a target has said lately that it speaks no TLS."""
@@ -89,17 +100,47 @@ class Targets:
         """
         attempt = _Attempt(self, granted)
         seconds = self.policy.login_timeout
+        # asyncio.timeout does it in three times as many steps.
+        deadline = asyncio.get_running_loop().call_later(seconds, attempt.expire, asyncio.current_task())
         try:
-            async with asyncio.timeout(seconds):
-                return await attempt.run()
+            return await attempt.run()
+        except asyncio.CancelledError:
+            if not attempt.expired:
+                raise
+            raise attempt.too_late(seconds) from None
+        finally:
+            deadline.cancel()
+
+    async def dial(self, address: Address) -> TargetLeg:
+        """A connection to an address. Raises DialError."""
+        connection = await dial.connect(address, self.policy.connect_timeout, self.policy.tcp)
+        return TargetLeg(connection, self.buffer)
+
+    def learn(self, leg: TargetLeg, address: Address, plan: TlsPlan | None) -> None:
+        """Remembers for the next connection what came of a plan for TLS."""
+        if plan is None:
+            return
+        if leg.tls is None:
+            self.remember_plain(address)
+        else:
+            leg.plan = plan
+            plan.side.remember(leg.tls)
+
+    async def _open_warm(self, address: Address, plan: TlsPlan | None) -> TargetLeg:
+        """A connection that is as far as it gets without a user. Raises DialError and TargetFault."""
+        leg = await self.dial(address)
+        try:
+            async with asyncio.timeout(self.policy.login_timeout):
+                leg.encryption = await leg.drive(target_tls.start_tls(leg.framer, plan))
+                await leg.open()
         except TimeoutError:
-            if attempt.connected:
-                raise TargetFault(
-                    CONNECTION_FAILURE,
-                    "the target server did not complete the login in time",
-                    f"no login in {seconds:g} s",
-                ) from None
-            raise _unreachable([f"no connection in {seconds:g} s", *attempt.failures]) from None
+            leg.abort()
+            raise dial.DialError(f"{address}: TLS took too long") from None
+        except BaseException:
+            leg.abort()
+            raise
+        self.learn(leg, address, plan)
+        return leg
 
     async def cancel(self, address: Address, plan: TlsPlan | None, key: bytes) -> None:
         """Sends a cancel request; returns once the target has closed, as it does when it has acted.
@@ -109,8 +150,7 @@ class Targets:
         if plan is not None:
             # It may have been a matter of choice for the session, but the key opens what TLS has kept to itself.
             plan = msgspec.structs.replace(plan, required=True)
-        connection = await dial.connect(address, self.policy.connect_timeout, self.policy.tcp)
-        leg = TargetLeg(connection, self.buffer)
+        leg = await self.dial(address)
         try:
             await leg.drive(target_tls.start_tls(leg.framer, plan))
             leg.send(messages.cancel_request(key))
@@ -127,7 +167,20 @@ class _Attempt:
         self.failures: list[str] = []
         self._targets = targets
         self._granted = granted
+        self.expired = False
         self._not_now: TargetFault | None = None
+
+    def expire(self, task: "asyncio.Task[Any] | None") -> None:
+        """Ends the attempt, which is that task's, from outside."""
+        assert task is not None  # noqa: S101 (a coroutine runs in one)
+        self.expired = True
+        task.cancel()
+
+    def too_late(self, seconds: float) -> TargetFault:
+        if self.connected:
+            told = "the target server did not complete the login in time"
+            return TargetFault(CONNECTION_FAILURE, told, f"no login in {seconds:g} s")
+        return _unreachable([f"no connection in {seconds:g} s", *self.failures])
 
     async def run(self) -> tuple[Attached, TargetLeg]:
         for host in self._granted.mapping.hosts:
@@ -164,29 +217,48 @@ class _Attempt:
         return None
 
     async def _log_in(self, address: Address, plan: TlsPlan | None) -> tuple[Attached, TargetLeg]:
-        targets, policy = self._targets, self._targets.policy
+        """On a connection that stands open already, if there is one."""
+        targets = self._targets
+        wanted = self._granted.mapping.warm
+        warm = targets.warm.take(address, plan, targets.policy.warm if wanted is None else wanted)
+        if warm is not None:
+            self.connected = True
+            began = time.monotonic()
+            login = log_in(warm.framer, self._granted, self._terms(address, plan), warm.encryption)
+            try:
+                return await self._drive(warm, login, address, plan, began, began)
+            except TargetFault:
+                # It may have been closed just now. Then nothing was heard, and a connection of our own will tell.
+                if warm.heard or not warm.gone:
+                    raise
         began = time.monotonic()
-        connection = await dial.connect(address, policy.connect_timeout, policy.tcp)
+        leg = await targets.dial(address)
         self.connected = True
-        connected = time.monotonic()
-        leg = TargetLeg(connection, targets.buffer)
-        terms = TargetTerms(policy.version, plan, dial.is_private(address), policy.error_text, policy.limits)
+        login = target_login(leg.framer, self._granted, self._terms(address, plan))
+        return await self._drive(leg, login, address, plan, began, time.monotonic())
+
+    def _terms(self, address: Address, plan: TlsPlan | None) -> TargetTerms:
+        policy = self._targets.policy
+        return TargetTerms(policy.version, plan, dial.is_private(address), policy.error_text, policy.limits)
+
+    async def _drive(
+        self,
+        leg: TargetLeg,
+        login: Login[Welcome],
+        address: Address,
+        plan: TlsPlan | None,
+        began: float,
+        connected: float,
+    ) -> tuple[Attached, TargetLeg]:
+        targets = self._targets
         try:
-            welcome = await leg.drive(target_login(leg.framer, self._granted, terms), targets.salted.derive)
+            welcome = await leg.drive(login, targets.salted.derive)
         except BaseException:
             leg.abort()
             raise
-        if plan is not None:
-            if leg.tls is None:
-                targets.remember_plain(address)
-            else:
-                plan.side.remember(leg.tls)
-        logged_in = time.monotonic()
-        attached = Attached(
-            self._granted, address, welcome.encryption, welcome.greeting, connected - began, logged_in - connected
-        )
-        leg.plan = plan if leg.tls is not None else None
-        return attached, leg
+        targets.learn(leg, address, plan)
+        seconds = connected - began, time.monotonic() - connected
+        return Attached(self._granted, address, welcome.encryption, welcome.greeting, *seconds), leg
 
 
 def _unreachable(failures: list[str]) -> TargetFault:

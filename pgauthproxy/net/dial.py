@@ -7,6 +7,7 @@ import socket
 from dataclasses import dataclass
 from typing import Final
 
+from pgauthproxy.net import sockets
 from pgauthproxy.stages import Address
 
 # macOS has it under another name.
@@ -75,9 +76,8 @@ async def connect(address: Address, seconds: float, options: TcpOptions) -> sock
 
     It is the loop's only once it is connected: the loop's own way costs twice as much.
     """
-    connection = socket.socket(_family(address), socket.SOCK_STREAM)
+    connection = sockets.make(_family(address))
     try:
-        connection.setblocking(False)
         tune(connection, options)
         where = f"{address.host}/.s.PGSQL.{address.port}" if address.is_socket_folder else (address.host, address.port)
         error = connection.connect_ex(where)

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-ACCEPTS_AT_ONCE: Final = 64
+from pgauthproxy.net import sockets
+
+MOST_ACCEPTS_AT_ONCE: Final = 64
 PAUSE_SECONDS: Final = 0.5
 OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 UNIX_PREFIX: Final = "unix:"
@@ -86,14 +88,13 @@ def _open_all_interfaces(address: ListenAddress, backlog: int) -> socket.socket:
 
 
 def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool) -> socket.socket:
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening = sockets.make(family)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6_only)
         listening.bind(where)  # type: ignore[arg-type]  # an address as getaddrinfo gives it
         listening.listen(backlog)
-        listening.setblocking(False)
     except BaseException:
         listening.close()
         raise
@@ -104,12 +105,11 @@ def _open_unix(address: ListenAddress, backlog: int) -> socket.socket:
     """Like PostgreSQL's, the socket may be used by everybody: who gets in is decided at login."""
     path = address.socket_path
     _remove_stale(path)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening = sockets.make(socket.AF_UNIX)
     try:
         listening.bind(path)
         os.chmod(path, 0o777)  # noqa: S103 (as PostgreSQL's unix_socket_permissions)
         listening.listen(backlog)
-        listening.setblocking(False)
     except BaseException:
         listening.close()
         raise
@@ -161,13 +161,16 @@ class Listener:
         self._path = listening.getsockname() if listening.family == socket.AF_UNIX else ""
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
+        self._at_once = 1
         self._loop.add_reader(listening, self._accept)
 
     def _accept(self) -> None:
-        for _ in range(ACCEPTS_AT_ONCE):
+        """Takes as many as have lately been there at once: to find that there is none costs as much as to take one."""
+        for _ in range(self._at_once):
             try:
-                connection, peer = self._listening.accept()
+                connection, peer = sockets.accept(self._listening)
             except BlockingIOError:
+                self._at_once = max(1, self._at_once // 2)
                 return
             except OSError as error:
                 if error.errno in OUT_OF_RESOURCES:
@@ -175,8 +178,8 @@ class Listener:
                     return
                 # That one client is gone again: its reset came before its turn.
                 continue
-            connection.setblocking(False)
             self._accepted(connection, peer)
+        self._at_once = min(2 * self._at_once, MOST_ACCEPTS_AT_ONCE)
 
     def _pause(self, error: OSError) -> None:
         """Leaves clients in the backlog for a while instead of being woken for each at once."""

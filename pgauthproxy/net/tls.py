@@ -5,16 +5,18 @@ Keys that others may read are refused, as PostgreSQL refuses them.
 """
 
 import asyncio
+import base64
 import functools
 import hashlib
 import os
 import re
 import ssl
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from pgauthproxy import private_file
 from pgauthproxy._tls import Channel
 from pgauthproxy.errors import AuthenticatorFault, TlsError
 from pgauthproxy.proto.steps import TlsPlan
@@ -29,6 +31,7 @@ VERIFYING_MODES: Final = ("verify-ca", "verify-full")
 NEGOTIATIONS: Final = ("postgres", "direct")
 SYSTEM_ROOTS: Final = "system"
 HOST_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,255}")
+PEM_CERTIFICATE: Final = re.compile(rb"-----BEGIN (?:X509 )?CERTIFICATE-----(.+?)-----END ", re.DOTALL)
 MAX_KEPT: Final = 256
 K = TypeVar("K")
 V = TypeVar("V")
@@ -58,22 +61,19 @@ def load_certificate(context: ssl.SSLContext, files: CertificateFiles) -> None:
     except ssl.SSLError as error:
         raise TlsConfigError(f"{files.cert}, {files.key}: not a certificate and its key: {error.reason}") from None
     except OSError as error:
-        raise TlsConfigError(f"{files.cert}: {error.strerror}") from None
+        # OpenSSL does not say of which it is.
+        path = files.cert if not os.access(files.cert, os.R_OK) else files.key
+        raise TlsConfigError(f"{path}: {error.strerror}") from None
 
 
 def check_key_file(path: str) -> None:
-    """Refuses a key that others may read, in libpq's terms: 0600, or 0640 if root owns it. Raises TlsConfigError."""
+    """Refuses a key that others may read. Raises TlsConfigError."""
     try:
-        found = os.stat(path)
+        private_file.check(os.stat(path))
     except OSError as error:
         raise TlsConfigError(f"{path}: {error.strerror}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise TlsConfigError(f"{path}: not a regular file")
-    if found.st_uid not in (0, os.geteuid()):
-        raise TlsConfigError(f"{path}: must belong to root or to the gateway's user")
-    too_open = stat.S_IWGRP | stat.S_IXGRP | stat.S_IRWXO if found.st_uid == 0 else stat.S_IRWXG | stat.S_IRWXO
-    if found.st_mode & too_open:
-        raise TlsConfigError(f"{path}: others may read it; it must have mode 0600, or 0640 if root owns it")
+    except private_file.PrivateFileError as error:
+        raise TlsConfigError(f"{path}: {error}") from None
 
 
 def load_authorities(context: ssl.SSLContext, path: str) -> None:
@@ -98,7 +98,7 @@ def binding_of(certificate: bytes) -> bytes:
 
     try:
         algorithm = x509.load_der_x509_certificate(certificate).signature_hash_algorithm
-    except (ValueError, exceptions.UnsupportedAlgorithm):
+    except (ValueError, x509.InvalidVersion, exceptions.UnsupportedAlgorithm):
         return b""
     if algorithm is None:
         return b""
@@ -121,7 +121,7 @@ def read_certificate(certificate: bytes) -> Certificate:
             names = x509.SubjectAlternativeName([])
         alternative_names = ",".join(filter(None, map(_alternative_name, names)))
         subject, issuer = found.subject.rfc4514_string(), found.issuer.rfc4514_string()
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
         raise TlsError(f"a certificate that cannot be read: {type(error).__name__}", b"") from None
     return Certificate(
         subject=_on_one_line(subject),
@@ -168,6 +168,14 @@ def describe(channel: Channel, binding: bytes, server_name: str) -> Encryption:
     )
 
 
+def _first_certificate(path: str) -> bytes:
+    """The gateway's own certificate (DER): the first of a file that OpenSSL has taken, whatever stands round it."""
+    found = PEM_CERTIFICATE.search(Path(path).read_bytes())
+    if found is None:
+        raise TlsConfigError(f"{path}: no certificate in the form that begins with -----BEGIN CERTIFICATE-----")
+    return base64.b64decode(found[1])
+
+
 class ClientSide:
     """TLS with clients: the gateway is the server."""
 
@@ -195,7 +203,7 @@ class ClientSide:
         context.minimum_version = VERSIONS[self._min_version]
         try:
             context.set_ciphers(self._ciphers)
-        except ssl.SSLError:
+        except (ssl.SSLError, ValueError):
             raise TlsConfigError(f"tls.ciphers: {self._ciphers}: no cipher of that name") from None
         context.set_alpn_protocols([APPLICATION_PROTOCOL])
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
@@ -206,11 +214,7 @@ class ClientSide:
         context.verify_mode = CLIENT_CERTIFICATES[self._client_cert]
         if self._client_ca:
             load_authorities(context, self._client_ca)
-        with open(files.cert) as chain:
-            pem = chain.read()
-        end = "-----END CERTIFICATE-----"
-        leaf = pem[pem.index("-----BEGIN CERTIFICATE-----") : pem.index(end) + len(end)]
-        self._bindings[context] = binding_of(ssl.PEM_cert_to_DER_cert(leaf))
+        self._bindings[context] = binding_of(_first_certificate(files.cert))
         return context
 
     def _chosen_by_name(self, connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> int | None:
@@ -319,6 +323,7 @@ class TargetContexts:
 
 def _keep(kept: dict[K, V], key: K, value: V) -> None:
     """Keeps it; the oldest goes when there are too many."""
+    kept.pop(key, None)
     if len(kept) >= MAX_KEPT:
         kept.pop(next(iter(kept)))
     kept[key] = value
@@ -369,6 +374,10 @@ def verifying_context(ca: str) -> ssl.SSLContext:
 
 def build_target_context(settings: TargetTls) -> ssl.SSLContext:
     """Reads all files. Raises TlsConfigError."""
+    # Certificates of targets will be read; loading this takes a tenth of a second, and this runs in a thread.
+    import cryptography.x509
+
+    assert cryptography.x509  # noqa: S101 (it is loaded now)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols([APPLICATION_PROTOCOL])

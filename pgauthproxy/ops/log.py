@@ -6,6 +6,7 @@ reads standard error, lines wait in memory up to a bound and are counted beyond 
 
 import asyncio
 import datetime
+import functools
 import json
 import os
 import re
@@ -41,6 +42,8 @@ LATE_SECONDS: Final = 0.02
 PIPE_BYTES: Final = select.PIPE_BUF
 STDERR: Final = 2
 TO_QUOTE: Final = re.compile(r"[\s=\"']|^$")
+# Bytes of a character in UTF-8.
+LONGEST_CHARACTER: Final = 4
 
 
 def printable(value: bytes | str) -> str:
@@ -50,6 +53,8 @@ def printable(value: bytes | str) -> str:
         text = "".join(
             char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
         )
+    elif len(text) <= MAX_VALUE // LONGEST_CHARACTER:
+        return text
     encoded = text.encode()
     return text if len(encoded) <= MAX_VALUE else encoded[:MAX_VALUE].decode(errors="ignore") + "…"
 
@@ -125,13 +130,31 @@ class LineWriter:
 
 def render_text(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:
     """One line for people: time, level, what happened, then `key=value`s, quoted where they hold a space."""
-    at = datetime.datetime.fromtimestamp(fields.pop("at"))
-    parts = [at.isoformat(timespec="microseconds"), f"{level:7}", fields.pop("event")]
-    for name, value in fields.items():
-        if type(value) is str and TO_QUOTE.search(value):
-            value = json.dumps(value, ensure_ascii=False)
-        parts.append(f"{name}={value}")
-    return " ".join(parts)
+    second, fraction = divmod(fields.pop("at"), 1)
+    line = " ".join([f"{name}={value}" for name, value in fields.items() if name != "event"])
+    if _may_mislead(line, len(fields) - 1):
+        line = " ".join([f"{name}={_quoted(value)}" for name, value in fields.items() if name != "event"])
+    return f"{_local_second(second)}.{int(fraction * 1e6):06d} {level:7} {fields['event']} {line}".rstrip()
+
+
+def _may_mislead(line: str, count: int) -> bool:
+    """Whether so many `key=value`s could be taken for others."""
+    if line.count(" ") >= count or line.count("=") > count:
+        return True
+    return '"' in line or "'" in line or "= " in line or line.endswith("=")
+
+
+def _quoted(value: object) -> object:
+    """A value as it stands in a line for people: in quotes if it could be mistaken for more, or less, than one."""
+    if isinstance(value, str) and TO_QUOTE.search(value):
+        return json.dumps(value, ensure_ascii=False)
+    return value
+
+
+@functools.lru_cache(8)
+def _local_second(second: float) -> str:
+    """A time as the clock on the wall shows it; lines come many to the second."""
+    return datetime.datetime.fromtimestamp(second).isoformat()
 
 
 def render_json(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:

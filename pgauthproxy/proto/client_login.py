@@ -17,6 +17,7 @@ from pgauthproxy.errors import (
     wrong_password,
 )
 from pgauthproxy.proto import messages, scram
+from pgauthproxy.proto.startup import CARRIAGE_RETURN, LINE_FEED
 from pgauthproxy.proto.steps import Login, next_message
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Attached
@@ -54,7 +55,7 @@ def receive_cleartext(framer: _wire.Framer, user: bytes, max_message: int) -> Lo
     password = yield from _password(framer, max_message)
     if not password:
         raise wrong_password(user, "empty password")
-    if b"\n" in password or b"\r" in password:
+    if LINE_FEED in password or CARRIAGE_RETURN in password:
         raise wrong_password(user, "line break in the password")
     return Proof("cleartext", Secret(password), NO_SALT)
 

@@ -30,6 +30,7 @@ NOTICE_RESPONSE: Final = ord("N")
 PARAMETER_STATUS: Final = ord("S")
 PASSWORD_MESSAGE: Final = ord("p")  # also SASLInitialResponse and SASLResponse
 READY_FOR_QUERY: Final = ord("Z")
+TERMINATE: Final = ord("X")
 
 AUTH_OK: Final = 0
 AUTH_CLEARTEXT_PASSWORD: Final = 3
@@ -83,6 +84,22 @@ class ServerError:
         fields = {field[:1]: field[1:] for field in body.split(b"\0") if field}
         sqlstate = fields.get(b"C", b"")
         return cls(sqlstate.decode() if SQLSTATE.fullmatch(sqlstate) else "", fields.get(b"M", b""))
+
+
+def parameter_status(greeting: bytes, name: bytes) -> bytes:
+    """What a greeting (whole messages) says of one parameter of the server; empty if nothing."""
+    framer = _wire.Framer(dict.fromkeys(range(1, 256), len(greeting) + 4))
+    framer.feed(greeting)
+    while (message := framer.message()) is not None:
+        kind, body = message
+        if kind == PARAMETER_STATUS and body.startswith(name + b"\0"):
+            return body[len(name) + 1 :].rstrip(b"\0")
+    return b""
+
+
+def terminate() -> bytes:
+    """A Terminate."""
+    return _wire.message(TERMINATE, b"")
 
 
 def negotiate_protocol_version(version: int, refused_options: list[bytes]) -> bytes:

@@ -107,6 +107,11 @@ def fresh_nonce() -> bytes:
     return base64.b64encode(secrets.token_bytes(NONCE_BYTES))
 
 
+def stable_salt(user: bytes, seed: bytes) -> bytes:
+    """The salt of a user who has no verifier to take it from, the same each time."""
+    return _hmac(seed, user)[:SALT_BYTES]
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Keys:
     """What proves each side to the other; as good as the password for servers that store its verifier."""
@@ -153,7 +158,11 @@ class Verifier:
     @classmethod
     def made_up(cls, user: bytes, seed: bytes, iterations: int) -> "Verifier":
         """One that no password fits. The same user is given the same salt each time, as a real one would be."""
-        return cls(iterations, _hmac(seed, user)[:SALT_BYTES], secrets.token_bytes(32), secrets.token_bytes(32))
+        return cls(iterations, stable_salt(user, seed), secrets.token_bytes(32), secrets.token_bytes(32))
+
+    def unfitting(self) -> "Verifier":
+        """One that looks the same to a client, and that no password fits."""
+        return Verifier(self.iterations, self.salt, secrets.token_bytes(32), secrets.token_bytes(32))
 
     def text(self) -> bytes:
         """The form that `parse` reads, and that PostgreSQL takes for a password."""

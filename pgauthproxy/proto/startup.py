@@ -22,6 +22,9 @@ from pgauthproxy.stages import Encryption, Parameters, parameter
 RESERVED_PREFIXES: Final = (b"_SOURCE_", b"_META_")
 PROTOCOL_OPTION_PREFIX: Final = b"_pq_."
 TLS_HANDSHAKE: Final = 0x16
+LINE_FEED: Final = 0x0A
+CARRIAGE_RETURN: Final = 0x0D
+EQUALS_SIGN: Final = 0x3D
 APPLICATION_PROTOCOL: Final = "postgresql"
 
 
@@ -124,19 +127,26 @@ def parse_parameters(body: bytes) -> Parameters:
         # An empty last value leaves one NUL less to split at.
         raise _bad_layout("a name without a value")
     names, values = strings[::2], strings[1::2]
-    for name, value in zip(names, values, strict=True):
+    # Bytes are looked for by their numbers: looking for a bytes object is a failed conversion first.
+    if LINE_FEED in body or CARRIAGE_RETURN in body:
+        raise _misleading("invalid character in startup parameter")
+    for name in names:
         if not name:
             raise _bad_layout("expected terminator as last byte")
-        if b"=" in name or b"\n" in name + value or b"\r" in name + value:
-            raise ClientFault(PROTOCOL_VIOLATION, "invalid character in startup parameter")
+        if EQUALS_SIGN in name:
+            raise _misleading("invalid character in startup parameter")
         if name.upper().startswith(RESERVED_PREFIXES):
-            raise ClientFault(PROTOCOL_VIOLATION, "reserved name of startup parameter")
+            raise _misleading("reserved name of startup parameter")
     if len(set(names)) != len(names):
-        raise ClientFault(PROTOCOL_VIOLATION, "startup parameter given twice")
+        raise _misleading("startup parameter given twice")
     parameters = tuple(zip(names, values, strict=True))
     if not parameter(parameters, b"user"):
         raise ClientFault(INVALID_AUTHORIZATION, "no PostgreSQL user name specified in startup packet")
     return parameters
+
+
+def _misleading(what: str) -> ClientFault:
+    return ClientFault(PROTOCOL_VIOLATION, what)
 
 
 def _bad_layout(what: str) -> ClientFault:

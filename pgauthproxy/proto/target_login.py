@@ -69,9 +69,17 @@ class TargetTerms:
 
 
 def target_login(framer: _wire.Framer, granted: Granted, terms: TargetTerms) -> Login[Welcome]:
-    """Logs in with the mapping's parameters and the credential that was granted. Raises TargetFault."""
+    """Goes over to TLS and logs in with the mapping's parameters and the credential that was granted.
+
+    Raises TargetFault.
+    """
+    encryption = yield from start_tls(framer, terms.tls)
+    return (yield from log_in(framer, granted, terms, encryption))
+
+
+def log_in(framer: _wire.Framer, granted: Granted, terms: TargetTerms, encryption: Encryption | None) -> Login[Welcome]:
+    """Logs in where TLS is spoken already, or will not be. Raises TargetFault."""
     try:
-        encryption = yield from start_tls(framer, terms.tls)
         exchange = _Exchange(framer, granted, terms, encryption)
         yield messages.startup_message(terms.version, granted.mapping.parameters)
         yield from exchange.authenticate()
@@ -184,11 +192,12 @@ class _Exchange:
 
     def _scram(self, offered: bytes) -> Login[None]:
         exchange, mechanism = self._scram_client(offered.split(b"\0"))
+        known = self._credential if isinstance(self._credential, ProvedKeys) else self._password("SCRAM")
         yield messages.sasl_initial_response(mechanism, exchange.first())
         challenge = exchange.challenge(
             (yield from self._sasl(messages.AUTH_SASL_CONTINUE)), self._limits.scram_iterations
         )
-        keys = yield from self._keys(challenge)
+        keys = yield from self._keys(known, challenge)
         yield messages.sasl_response(exchange.final(challenge, keys))
         exchange.verify((yield from self._sasl(messages.AUTH_SASL_FINAL)))
 
@@ -205,15 +214,14 @@ class _Exchange:
         header = scram.SERVER_CANNOT_BIND if binding else scram.CANNOT_BIND
         return scram.ScramClient(scram.fresh_nonce(), header), scram.MECHANISM
 
-    def _keys(self, challenge: scram.Challenge) -> Login[scram.Keys]:
+    def _keys(self, known: Secret | ProvedKeys, challenge: scram.Challenge) -> Login[scram.Keys]:
         """What proves us: derived from a password, or what the client has shown."""
-        proved = self._credential
-        if not isinstance(proved, ProvedKeys):
-            salted = yield DeriveKey(self._password("SCRAM"), challenge.salt, challenge.iterations)
+        if isinstance(known, Secret):
+            salted = yield DeriveKey(known, challenge.salt, challenge.iterations)
             return scram.Keys.of(salted)
-        if (challenge.salt, challenge.iterations) != (proved.salt, proved.iterations):
+        if (challenge.salt, challenge.iterations) != (known.salt, known.iterations):
             raise _cannot("target does not store the verifier that the client was held to")
-        return scram.Keys(proved.client_key.reveal(), proved.server_key.reveal())
+        return scram.Keys(known.client_key.reveal(), known.server_key.reveal())
 
     def _sasl(self, expected: int) -> Login[bytes]:
         kind, data = yield from self._request()

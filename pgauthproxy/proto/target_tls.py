@@ -27,13 +27,13 @@ def start_tls(framer: _wire.Framer, plan: TlsPlan | None) -> Login[Encryption | 
     yield messages.ssl_request()
     while (answer := framer.byte()) is None:
         yield MORE
+    if answer not in messages.TLS_ACCEPTED + messages.REQUEST_REFUSED:
+        raise TlsRefused("target answered the SSL request with something else than yes or no")
     if framer.pending:
         raise TlsRefused("target sent bytes in plain behind its answer to the SSL request")
     if answer == ord(messages.TLS_ACCEPTED):
         encryption = yield StartTls(plan.side)
         return encryption
-    if answer != ord(messages.REQUEST_REFUSED):
-        raise TlsRefused("target answered the SSL request with something else than yes or no")
     if plan.required:
         raise TlsRefused("target speaks no TLS, which is required")
     return None

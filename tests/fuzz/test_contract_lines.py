@@ -13,7 +13,7 @@ from pgauthproxy.net.listen import ListenError
 from pgauthproxy.ops.log import MAX_VALUE, printable
 from pgauthproxy.proto import startup
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import Accepted, Address, Mapping, Started
+from pgauthproxy.stages import Accepted, Address, Mapping, Started, TargetTls
 
 MAX_LINES = 20
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -22,7 +22,14 @@ VALUES = st.lists(st.sampled_from([byte for byte in BYTES if byte not in (b"\0",
 )
 NAMES = VALUES.filter(lambda name: name and b"=" not in name and not name.upper().startswith(startup.RESERVED_PREFIXES))
 META = st.sampled_from(
-    [b"_META_TARGET_HOST", b"_META_TARGET_CRED", b"_META_SESSION_SECONDS", b"_META_TARGET_TLS", b"_SOURCE_X"]
+    [
+        b"_META_TARGET_HOST",
+        b"_META_TARGET_CRED",
+        b"_META_SESSION_SECONDS",
+        b"_META_SOURCE_VERIFIER",
+        b"_SOURCE_X",
+        *fields.TARGET_TLS,
+    ]
 )
 HOSTS = st.sampled_from([b"db:5432", b"db", b"[::1]:1", b"/run:5432", b"a,b", b"a:x", b"[", b""])
 LINES = st.lists(
@@ -73,6 +80,8 @@ def test_any_output_is_a_mapping_or_nonsense(output: bytes) -> None:
     assert mapping.hosts
     assert mapping.user
     assert all(0 < host.port < 65536 and host.host for host in mapping.hosts)
+    assert mapping.verifier is None or mapping.verifier
+    assert all(field in TargetTls.__struct_fields__ and value for field, value in mapping.tls)
     for name, value in mapping.parameters:
         assert not name.startswith((b"_SOURCE_", b"_META_"))
         assert b"\0" not in name + value

@@ -25,6 +25,7 @@ STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("feed"), HEADERS | st.binary(max_size=30)),
         st.tuples(st.just("message")),
+        st.tuples(st.just("byte")),
         st.tuples(st.just("run"), st.sampled_from([b"", b"p", b"pR", bytes(range(256))])),
         st.tuples(st.just("startup_packet"), st.sampled_from([0, 7, 8, 20, (1 << 32) - 1])),
         st.tuples(st.just("allow"), LIMITS),
@@ -47,7 +48,7 @@ def test_whatever_is_done_both_framers_answer_alike(limits: dict[int, int], step
     ours, theirs = _wire.Framer(limits), reference.Framer(limits)
     for name, *arguments in steps:
         assert attempt(getattr(ours, name), *arguments) == attempt(getattr(theirs, name), *arguments), (name, arguments)
-        assert ours.pending == theirs.pending
+        assert (ours.pending, ours.first_byte) == (theirs.pending, theirs.first_byte)
 
 
 def read_all(framer: Any, chunks: list[bytes]) -> list[Any]:

@@ -3,95 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 import uvloop
 
 from pgauthproxy import _wire
-from pgauthproxy._relay import ForwardBuffer
 from pgauthproxy.errors import ClientFault, Fault, GatewayFault, TargetFault
-from pgauthproxy.gateway.client_leg import ClientLeg, ClientPolicy
+from pgauthproxy.gateway.client_leg import ClientLeg
 from pgauthproxy.gateway.leg import MAX_PENDING, Leg
 from pgauthproxy.gateway.target_leg import TargetLeg
 from pgauthproxy.proto import messages
-from pgauthproxy.proto.client_login import Proof
-from pgauthproxy.proto.startup import StartupMessage
 from pgauthproxy.proto.steps import DeriveKey, Login, next_message
-from pgauthproxy.proto.target_login import TargetLimits, target_login
+from pgauthproxy.proto.target_login import target_login
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import Accepted, Address, Greeting, Mapping, Started
-from tests.gateway.transports import RecordingTransport
+from tests.gateway.legs import (
+    CLIENT_MEANS,
+    CLIENT_SENDS,
+    GRANTED,
+    PASSWORD,
+    POLICY,
+    QUERY,
+    SECONDS,
+    STARTED,
+    TARGET_MEANS,
+    TARGET_SENDS,
+    ConnectLeg,
+    Watcher,
+    both_ends,
+    one_message,
+    terms,
+    until_it_waits,
+)
 from tests.sans_io import chunkings
-
-BUFFER, SECONDS = 4096, 20
-QUERY = b"Q\0\0\0\x0dselect 1\0"
-PASSWORD = _wire.message(messages.PASSWORD_MESSAGE, b"secret\0")
-POLICY = ClientPolicy(method="cleartext", max_startup_packet=10_000, max_password_message=65_535)
-STARTED = Started(Accepted("1", "192.0.2.1:1"), ((b"user", b"alice"),))
-
-
-class Side:
-    """A leg whose transport is driven by hand; `socket` is its own, `peer` whom that is connected to."""
-
-    def __init__(self, kind: type[Leg]) -> None:
-        self.socket, self.peer = socket.socketpair()
-        for each in (self.socket, self.peer):
-            each.setblocking(False)
-        self.leg = kind(self.socket, ForwardBuffer(BUFFER))
-        self.transport = RecordingTransport()
-
-    def receive(self, data: bytes) -> None:
-        """As an event loop does: reads into the leg's buffer, and says how much came."""
-        for at in range(0, len(data), BUFFER):
-            part = data[at : at + BUFFER]
-            self.leg.get_buffer(-1)[: len(part)] = part
-            self.leg.buffer_updated(len(part))
-            # The buffer is shared: another session's bytes come into it.
-            self.leg.get_buffer(-1)[:] = b"\xee" * BUFFER
-
-
-Connect = Callable[..., Side]
-
-
-@pytest.fixture
-def connect() -> Iterator[Connect]:
-    """Makes legs whose transport stands, or, with `opened=False`, does not yet."""
-    made: list[Side] = []
-
-    def make(kind: type[Leg] = ClientLeg, *, opened: bool = True) -> Side:
-        made.append(Side(kind))
-        if opened:
-            made[-1].leg.connection_made(made[-1].transport)
-        return made[-1]
-
-    yield make
-    for side in made:
-        side.socket.close()
-        side.peer.close()
-
-
-async def until_it_waits() -> None:
-    """Lets everything run that can run without anything more from outside."""
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
-def one_message(framer: _wire.Framer) -> Login[bytes]:
-    """A login of one message, answered."""
-    framer.allow({messages.PASSWORD_MESSAGE: 1000})
-    yield b"question"
-    _, body = yield from next_message(framer)
-    yield b"thanks"
-    return body
 
 
 @pytest.mark.parametrize("chunks", chunkings(PASSWORD), ids=len)
-def test_a_login_is_pumped_in_every_chunking(connect: Connect, chunks: list[bytes]) -> None:
+def test_a_login_is_pumped_in_every_chunking(connect_leg: ConnectLeg, chunks: list[bytes]) -> None:
     async def scenario() -> None:
-        side = connect()
+        side = connect_leg()
         driven = asyncio.create_task(side.leg.drive(one_message(side.leg.framer)))
         for chunk in chunks:
             await until_it_waits()
@@ -104,9 +55,9 @@ def test_a_login_is_pumped_in_every_chunking(connect: Connect, chunks: list[byte
     asyncio.run(scenario())
 
 
-def test_what_came_early_is_read_without_waiting(connect: Connect) -> None:
+def test_what_came_early_is_read_without_waiting(connect_leg: ConnectLeg) -> None:
     async def scenario() -> None:
-        side = connect()
+        side = connect_leg()
         side.receive(PASSWORD + QUERY)
         assert await side.leg.drive(one_message(side.leg.framer)) == b"secret\0"
         assert side.leg.framer.take_rest() == QUERY
@@ -118,10 +69,10 @@ def test_what_came_early_is_read_without_waiting(connect: Connect) -> None:
 @pytest.mark.parametrize("lost", [None, ConnectionResetError(104, "Connection reset by peer")])
 @pytest.mark.parametrize("received", [b"", PASSWORD[:4]])
 def test_a_peer_that_goes_in_the_middle_ends_its_login(
-    connect: Connect, kind: type[Leg], fault: type[Fault], lost: Exception | None, received: bytes
+    connect_leg: ConnectLeg, kind: type[Leg], fault: type[Fault], lost: Exception | None, received: bytes
 ) -> None:
     async def scenario(end: Callable[[Leg], object]) -> None:
-        side = connect(kind)
+        side = connect_leg(kind)
         driven = asyncio.create_task(side.leg.drive(one_message(side.leg.framer)))
         await until_it_waits()
         side.receive(received)
@@ -134,19 +85,19 @@ def test_a_peer_that_goes_in_the_middle_ends_its_login(
     asyncio.run(scenario(lambda leg: leg.eof_received()))
 
 
-def test_a_client_that_is_gone_is_told_nothing_and_a_target_is_told_of(connect: Connect) -> None:
-    fault = connect(ClientLeg).leg.gone_fault()
+def test_a_client_that_is_gone_is_told_nothing_and_a_target_is_told_of(connect_leg: ConnectLeg) -> None:
+    fault = connect_leg(ClientLeg).leg.gone_fault()
     assert (fault.told, fault.sqlstate) == (None, "08P01")
-    target = connect(TargetLeg).leg
+    target = connect_leg(TargetLeg).leg
     assert target.gone_fault().detail == "target closed the connection during the login: end of file"
     target.connection_lost(ConnectionResetError("reset"))
     assert target.gone_fault().detail == "target closed the connection during the login: reset"
     assert target.gone_fault().sqlstate == "08006"
 
 
-def test_what_was_sent_before_the_end_of_file_still_counts(connect: Connect) -> None:
+def test_what_was_sent_before_the_end_of_file_still_counts(connect_leg: ConnectLeg) -> None:
     async def scenario() -> None:
-        side = connect()
+        side = connect_leg()
         side.receive(PASSWORD + QUERY)
         assert side.leg.eof_received() is True
         assert not side.leg.gone
@@ -156,9 +107,9 @@ def test_what_was_sent_before_the_end_of_file_still_counts(connect: Connect) -> 
     asyncio.run(scenario())
 
 
-def test_a_peer_that_sends_too_much_too_early_is_not_read_until_it_is_asked(connect: Connect) -> None:
+def test_a_peer_that_sends_too_much_too_early_is_not_read_until_it_is_asked(connect_leg: ConnectLeg) -> None:
     async def scenario() -> None:
-        side = connect()
+        side = connect_leg()
         side.receive(bytes(MAX_PENDING))
         assert side.transport.reading
         side.receive(b"x")
@@ -173,9 +124,9 @@ def test_a_peer_that_sends_too_much_too_early_is_not_read_until_it_is_asked(conn
     asyncio.run(scenario())
 
 
-def test_a_login_that_is_cancelled_can_be_followed_by_another(connect: Connect) -> None:
+def test_a_login_that_is_cancelled_can_be_followed_by_another(connect_leg: ConnectLeg) -> None:
     async def scenario() -> None:
-        side = connect()
+        side = connect_leg()
         driven = asyncio.create_task(side.leg.drive(one_message(side.leg.framer)))
         await until_it_waits()
         driven.cancel()
@@ -187,10 +138,10 @@ def test_a_login_that_is_cancelled_can_be_followed_by_another(connect: Connect) 
     asyncio.run(scenario())
 
 
-def test_a_key_is_derived_by_whoever_can_and_handed_back(connect: Connect) -> None:
+def test_a_key_is_derived_by_whoever_can_and_handed_back(connect_leg: ConnectLeg) -> None:
     def deriving() -> Login[bytes]:
-        answer = yield DeriveKey(Secret(b"secret"), b"salt", 7)
-        assert answer is not None
+        answer: bytes = yield DeriveKey(Secret(b"secret"), b"salt", 7)
+        assert answer
         yield b"after the key"
         return answer
 
@@ -198,31 +149,16 @@ def test_a_key_is_derived_by_whoever_can_and_handed_back(connect: Connect) -> No
         return step.password.reveal() + step.salt + b"%d" % step.iterations
 
     async def scenario() -> None:
-        side = connect(TargetLeg)
+        side = connect_leg(TargetLeg)
         assert await side.leg.drive(deriving(), derive) == b"secretsalt7"
         assert side.transport.written == b"after the key"
 
     asyncio.run(scenario())
 
 
-class Watcher:
-    """Counts how often it was called."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self) -> None:
-        self.calls += 1
-
-
-both_ends = pytest.mark.parametrize(
-    "end", [lambda leg: leg.eof_received(), lambda leg: leg.connection_lost(None)], ids=["end of file", "lost"]
-)
-
-
 @both_ends
-def test_a_watcher_is_called_once_when_the_peer_is_gone(connect: Connect, end: Callable[[Leg], object]) -> None:
-    leg, watcher = connect().leg, Watcher()
+def test_a_watcher_is_called_once_when_the_peer_is_gone(connect_leg: ConnectLeg, end: Callable[[Leg], object]) -> None:
+    leg, watcher = connect_leg().leg, Watcher()
     leg.watch(watcher)
     assert watcher.calls == 0
     end(leg)
@@ -233,16 +169,16 @@ def test_a_watcher_is_called_once_when_the_peer_is_gone(connect: Connect, end: C
 
 @both_ends
 def test_a_watcher_is_called_at_once_if_the_peer_is_gone_already(
-    connect: Connect, end: Callable[[Leg], object]
+    connect_leg: ConnectLeg, end: Callable[[Leg], object]
 ) -> None:
-    leg, watcher = connect().leg, Watcher()
+    leg, watcher = connect_leg().leg, Watcher()
     end(leg)
     leg.watch(watcher)
     assert watcher.calls == 1
 
 
-def test_a_peer_that_has_closed_its_sending_side_is_not_gone_while_its_last_words_wait(connect: Connect) -> None:
-    side, watcher = connect(), Watcher()
+def test_a_peer_that_has_closed_its_sending_side_is_not_gone_while_its_last_words_wait(connect_leg: ConnectLeg) -> None:
+    side, watcher = connect_leg(), Watcher()
     side.receive(QUERY)
     side.leg.watch(watcher)
     side.leg.eof_received()
@@ -256,8 +192,8 @@ def test_a_peer_that_has_closed_its_sending_side_is_not_gone_while_its_last_word
     [lambda leg: leg.watch(None), lambda leg: leg.hand_over(), lambda leg: leg.close(), lambda leg: leg.abort()],
     ids=["taken away", "handed over", "closed", "aborted"],
 )
-def test_a_watcher_is_not_called_once_it_is_taken_away(connect: Connect, stop: Callable[[Leg], object]) -> None:
-    leg, watcher = connect().leg, Watcher()
+def test_a_watcher_is_not_called_once_it_is_taken_away(connect_leg: ConnectLeg, stop: Callable[[Leg], object]) -> None:
+    leg, watcher = connect_leg().leg, Watcher()
     leg.watch(watcher)
     stop(leg)
     leg.eof_received()
@@ -267,8 +203,8 @@ def test_a_watcher_is_not_called_once_it_is_taken_away(connect: Connect, stop: C
 
 @pytest.mark.parametrize("rest", [b"", QUERY, bytes(MAX_PENDING + 1)], ids=len)
 @pytest.mark.parametrize("at_eof", [False, True])
-def test_a_leg_hands_over_what_nobody_has_read(connect: Connect, rest: bytes, *, at_eof: bool) -> None:
-    side = connect()
+def test_a_leg_hands_over_what_nobody_has_read(connect_leg: ConnectLeg, rest: bytes, *, at_eof: bool) -> None:
+    side = connect_leg()
     side.receive(rest)
     if at_eof:
         side.leg.eof_received()
@@ -278,12 +214,12 @@ def test_a_leg_hands_over_what_nobody_has_read(connect: Connect, rest: bytes, *,
 
 @pytest.mark.parametrize(("kind", "fault"), [(ClientLeg, ClientFault), (TargetLeg, TargetFault)])
 def test_a_transport_that_is_lost_or_never_stood_is_not_handed_over(
-    connect: Connect, kind: type[Leg], fault: type[Fault]
+    connect_leg: ConnectLeg, kind: type[Leg], fault: type[Fault]
 ) -> None:
-    lost = connect(kind)
+    lost = connect_leg(kind)
     lost.receive(QUERY)
     lost.leg.connection_lost(None)
-    for side in (lost, connect(kind, opened=False)):
+    for side in (lost, connect_leg(kind, opened=False)):
         with pytest.raises(fault):
             side.leg.hand_over()
         assert side.transport.calls == []
@@ -297,8 +233,10 @@ def test_a_transport_that_is_lost_or_never_stood_is_not_handed_over(
     ],
     ids=["told", "silent"],
 )
-def test_a_refused_client_is_told_what_it_may_know_and_closed(connect: Connect, fault: Fault, written: bytes) -> None:
-    side = connect()
+def test_a_refused_client_is_told_what_it_may_know_and_closed(
+    connect_leg: ConnectLeg, fault: Fault, written: bytes
+) -> None:
+    side = connect_leg()
     leg = side.leg
     assert isinstance(leg, ClientLeg)
     leg.refuse(fault)
@@ -307,8 +245,8 @@ def test_a_refused_client_is_told_what_it_may_know_and_closed(connect: Connect, 
 
 
 @both_ends
-def test_a_client_that_is_gone_is_told_nothing(connect: Connect, end: Callable[[Leg], object]) -> None:
-    side = connect()
+def test_a_client_that_is_gone_is_told_nothing(connect_leg: ConnectLeg, end: Callable[[Leg], object]) -> None:
+    side = connect_leg()
     end(side.leg)
     leg = side.leg
     assert isinstance(leg, ClientLeg)
@@ -317,8 +255,8 @@ def test_a_client_that_is_gone_is_told_nothing(connect: Connect, end: Callable[[
     assert side.transport.calls == ["close"]
 
 
-def test_before_its_transport_stands_a_leg_says_what_it_has_to_say_by_itself(connect: Connect) -> None:
-    side = connect(opened=False)
+def test_before_its_transport_stands_a_leg_says_what_it_has_to_say_by_itself(connect_leg: ConnectLeg) -> None:
+    side = connect_leg(opened=False)
     side.leg.send(b"one ")
     side.leg.send(b"two")
     assert side.peer.recv(100) == b"one two"
@@ -326,17 +264,17 @@ def test_before_its_transport_stands_a_leg_says_what_it_has_to_say_by_itself(con
     assert side.peer.recv(100) == b""
 
 
-def test_a_peer_that_is_gone_before_its_transport_stands_raises_nothing(connect: Connect) -> None:
-    side = connect(opened=False)
+def test_a_peer_that_is_gone_before_its_transport_stands_raises_nothing(connect_leg: ConnectLeg) -> None:
+    side = connect_leg(opened=False)
     side.peer.close()
     side.leg.send(b"to nobody")
     side.leg.abort()
     assert side.socket.fileno() == -1
 
 
-def test_what_a_full_socket_does_not_take_is_sent_in_order_once_its_transport_stands(connect: Connect) -> None:
+def test_what_a_full_socket_does_not_take_is_sent_in_order_once_its_transport_stands(connect_leg: ConnectLeg) -> None:
     async def scenario() -> None:
-        side = connect(opened=False)
+        side = connect_leg(opened=False)
         sent = b""
         for number in range(40):
             piece = bytes([number]) * 100_000
@@ -364,9 +302,11 @@ def one_query(framer: _wire.Framer) -> Login[tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("early", [b"", PASSWORD[:3], PASSWORD, PASSWORD + QUERY])
-def test_what_a_peer_says_before_or_behind_the_opening_is_the_same_to_a_login(connect: Connect, early: bytes) -> None:
+def test_what_a_peer_says_before_or_behind_the_opening_is_the_same_to_a_login(
+    connect_leg: ConnectLeg, early: bytes
+) -> None:
     async def scenario() -> None:
-        side = connect(opened=False)
+        side = connect_leg(opened=False)
         loop = asyncio.get_running_loop()
         side.peer.send(early)
         async with asyncio.timeout(SECONDS):
@@ -384,9 +324,9 @@ def test_what_a_peer_says_before_or_behind_the_opening_is_the_same_to_a_login(co
 
 
 @pytest.mark.parametrize("say", [b"", b"anything"])
-def test_a_leg_can_wait_for_nothing_but_its_peers_end(connect: Connect, say: bytes) -> None:
+def test_a_leg_can_wait_for_nothing_but_its_peers_end(connect_leg: ConnectLeg, say: bytes) -> None:
     async def scenario() -> None:
-        side = connect(TargetLeg, opened=False)
+        side = connect_leg(TargetLeg, opened=False)
         waiting = asyncio.create_task(side.leg.until_gone())
         await until_it_waits()
         side.peer.send(say)
@@ -401,8 +341,8 @@ def test_a_leg_can_wait_for_nothing_but_its_peers_end(connect: Connect, say: byt
     uvloop.run(scenario())
 
 
-def test_a_leg_is_closed_or_aborted_by_its_transport(connect: Connect) -> None:
-    closed, aborted = connect(), connect()
+def test_a_leg_is_closed_or_aborted_by_its_transport(connect_leg: ConnectLeg) -> None:
+    closed, aborted = connect_leg(), connect_leg()
     closed.leg.close()
     aborted.leg.abort()
     assert closed.transport.calls == ["close"]
@@ -411,21 +351,11 @@ def test_a_leg_is_closed_or_aborted_by_its_transport(connect: Connect) -> None:
 
 async def log_in_client(leg: Leg) -> object:
     assert isinstance(leg, ClientLeg)
-    return await leg.receive_startup(POLICY), await leg.receive_proof(STARTED, POLICY)
+    return await leg.receive_startup(POLICY, None, local=False), await leg.receive_password(STARTED, POLICY)
 
 
 async def log_in_at_target(leg: Leg) -> object:
-    mapping = Mapping((Address("db", 5432),), STARTED.parameters, None)
-    limits = TargetLimits(auth_request=2000, error=30_000, message=65_536, scram_iterations=1)
-    return await leg.drive(target_login(leg.framer, mapping, limits, private_channel=True, pass_error_text=False))
-
-
-STATUS = _wire.message(messages.PARAMETER_STATUS, b"TimeZone\0UTC\0")
-READY = _wire.message(messages.READY_FOR_QUERY, b"I")
-CLIENT_SENDS = messages.startup_message(STARTED.parameters) + PASSWORD
-CLIENT_MEANS = (StartupMessage(STARTED.parameters), Proof("cleartext", Secret(b"secret"), bytes(4)))
-TARGET_SENDS = messages.authentication(messages.AUTH_OK) + STATUS + READY
-TARGET_MEANS = Greeting(b"", b"", STATUS + READY)
+    return await leg.drive(target_login(leg.framer, GRANTED, terms(None)))
 
 
 @pytest.mark.parametrize(
@@ -434,10 +364,14 @@ TARGET_MEANS = Greeting(b"", b"", STATUS + READY)
     ids=["client", "target"],
 )
 def test_wherever_what_a_peer_sends_is_cut_nothing_is_lost(
-    connect: Connect, kind: type[Leg], log_in: Callable[[Leg], Coroutine[Any, Any, object]], sent: bytes, meant: object
+    connect_leg: ConnectLeg,
+    kind: type[Leg],
+    log_in: Callable[[Leg], Coroutine[Any, Any, object]],
+    sent: bytes,
+    meant: object,
 ) -> None:
     async def scenario(cut: int) -> None:
-        side = connect(kind)
+        side = connect_leg(kind)
         login = asyncio.create_task(log_in(side.leg))
         stream = sent + QUERY
         handed_over = b""

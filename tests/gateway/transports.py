@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 
 class RecordingTransport(asyncio.Transport):
-    """`calls` are the names of what was called, in order; `written` is all that was written."""
+    """`calls` are the names of what was called, in order; `written` is all that was written.
 
-    def __init__(self) -> None:
+    With a connection, what is written goes there at once. Without one it stays here: a test may say that it is held.
+    """
+
+    def __init__(self, connection: socket.socket | None = None) -> None:
         super().__init__()
+        self._connection = connection
         self.calls: list[str] = []
         self.written = b""
         self.protocol: asyncio.BaseProtocol | None = None
@@ -20,9 +25,14 @@ class RecordingTransport(asyncio.Transport):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.calls.append("write")
         self.written += bytes(data)
+        if self._connection is not None:
+            self._connection.sendall(data)
 
     def write_eof(self) -> None:
         self.calls.append("write_eof")
+
+    def get_write_buffer_size(self) -> int:
+        return len(self.written) if self._connection is None else 0
 
     def pause_reading(self) -> None:
         self.calls.append("pause_reading")

@@ -6,6 +6,11 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
+
+from pgauthproxy.auth import users_file
+from pgauthproxy.auth.targets import TargetSpec
+from pgauthproxy.auth.users_file import UserSpec
 from pgauthproxy.config import reference, schema
 
 ROOT = Path(__file__).parents[2]
@@ -36,3 +41,21 @@ def test_the_shell_and_python_examples_of_the_readme_are_the_files() -> None:
     readme = (ROOT / "docs/authenticators.md").read_text()
     for name in ("two_roles.py", "two_roles.sh"):
         assert (ROOT / "examples" / name).read_text() in readme, name
+
+
+def test_the_example_of_a_users_file_is_the_file_and_has_no_fault() -> None:
+    example = (ROOT / "examples/users.yaml").read_bytes()
+    assert example.decode() in (ROOT / "docs/users.md").read_text()
+    # What it refers to is the operator's.
+    alone = re.sub(rb"env:\w+", b"secret", example)
+    found, faults = users_file.parse(alone, "scram-sha-256", lambda target: None, lambda: None)
+    assert faults == []
+    assert found is not None
+    assert (len(found.targets), len(found.users)) == (2, 3)
+
+
+def test_the_document_of_the_users_file_has_every_key() -> None:
+    document = (ROOT / "docs/users.md").read_text()
+    for spec in (TargetSpec, UserSpec):
+        for field in msgspec.structs.fields(spec):
+            assert f"| `{field.encode_name}` |" in document, field.encode_name

@@ -10,19 +10,21 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
-    "errors secret stages events",
+    "errors secret private_file stages events",
     "_wire _digest _tls _relay _spawn",
     "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_tls proto.target_login",
-    "auth.model auth.fields auth.command",
-    "auth.references auth.targets",
-    "net.listen net.dial net.tls",
+    "auth.model auth.fields auth.references auth.targets",
+    "auth.yaml_lines auth.networks auth.certificates auth.users_file auth.users_edit auth.users",
+    "auth.command auth.worker_process auth.worker auth.chain auth.cache",
+    "net.sockets net.listen net.dial net.tls",
     "auth.https auth.keysets auth.jwt auth.directory auth.ldap auth.vault_client auth.vault",
     "gateway.limits gateway.salted_keys gateway.paused",
-    "gateway.leg gateway.client_leg gateway.admission gateway.target_leg gateway.cancel gateway.session",
+    "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel gateway.session",
     "ops.log",
     "config.schema config.load config.reference",
-    "build worker",
+    "build worker trial",
     "throwaway demo",
+    "terminal users_command",
     "cli __main__",
 ]
 ORDER = [name for line in LAYOUT for name in line.split()]

@@ -10,15 +10,17 @@ from pgauthproxy import _wire
 from pgauthproxy.errors import ClientFault
 from pgauthproxy.proto import messages, startup
 from pgauthproxy.proto.startup import CancelRequest, StartupMessage, parse_parameters
-from pgauthproxy.proto.steps import Login
-from pgauthproxy.stages import Parameters
-from tests.sans_io import Outcome, Raised, Turn, Waiting, run, run_in_every_chunking
+from pgauthproxy.proto.steps import Login, StartTls, TlsSide
+from pgauthproxy.stages import Encryption, Parameters
+from tests.sans_io import TLS, Outcome, Raised, Turn, Waiting, encrypted, run, run_in_every_chunking
 
 MAX_PACKET = 200
 ALICE: Parameters = ((b"user", b"alice"), (b"database", b"shop"))
 SSL, GSSENC = (_wire.startup_packet(code, b"") for code in (messages.SSL_REQUEST, messages.GSSENC_REQUEST))
-REFUSED = b"N"
+REFUSED, ACCEPTED = b"N", b"S"
 SILENT_CLOSE = None
+CLIENT_HELLO = b"\x16\x03\x01\x00\x05\x01\0\0\x01\x03"
+SECURE = encrypted()
 
 
 def packet(*pairs: tuple[bytes, bytes], code: int = messages.PROTOCOL_3_0) -> bytes:
@@ -29,13 +31,25 @@ def body(*pairs: tuple[bytes, bytes]) -> bytes:
     return b"".join(name + b"\0" + value + b"\0" for name, value in pairs) + b"\0"
 
 
-def receive(framer: _wire.Framer) -> Login[StartupMessage | CancelRequest]:
-    return startup.receive_startup(framer, MAX_PACKET)
+def receive(
+    framer: _wire.Framer, tls: TlsSide | None = None, *, required: bool = False
+) -> Login[StartupMessage | CancelRequest]:
+    return startup.receive_startup(framer, MAX_PACKET, tls, tls_required=required)
 
 
 def received(*turns: Turn) -> Outcome:
-    """How the startup phase goes, in every chunking."""
+    """How the startup phase goes, in every chunking, where no TLS is to be had."""
     return run_in_every_chunking(receive, turns)
+
+
+def received_with_tls(*turns: Turn, required: bool = False, encryption: Encryption = SECURE) -> Outcome:
+    """The same where it is."""
+    login = functools.partial(receive, tls=TLS, required=required)
+    return run_in_every_chunking(login, turns, encryption=encryption)
+
+
+def wanted(parameters: Parameters, minor: int = 0, encryption: Encryption | None = None) -> StartupMessage:
+    return StartupMessage(parameters, minor, encryption)
 
 
 def client_fault(sqlstate: str, told: str | None, detail: str | None = None) -> Raised:
@@ -55,7 +69,7 @@ def client_fault(sqlstate: str, told: str | None, detail: str | None = None) -> 
 def test_a_client_may_ask_for_each_encryption_once_before_it_says_who_it_is(
     requests: list[bytes], answers: tuple[bytes, ...]
 ) -> None:
-    assert received(*requests, packet(*ALICE)) == Outcome(answers, StartupMessage(ALICE))
+    assert received(*requests, packet(*ALICE)) == Outcome(answers, wanted(ALICE))
     key = bytes(range(8))
     cancel = _wire.startup_packet(messages.CANCEL_REQUEST, key)
     assert received(*requests, cancel) == Outcome(answers, CancelRequest(key))
@@ -67,7 +81,7 @@ def test_asking_again_is_an_unknown_protocol(again: bytes, between: list[bytes])
     asked = [again, *(request for request in between if request != again), again]
     outcome = received(*asked)
     minor = int.from_bytes(again[4:]) & 0xFFFF
-    told = f"unsupported frontend protocol 1234.{minor}: server supports 3.0 to 3.0"
+    told = f"unsupported frontend protocol 1234.{minor}: server supports 3.0 to 3.2"
     assert outcome == Outcome((REFUSED,) * (len(asked) - 1), client_fault("0A000", told))
 
 
@@ -83,7 +97,7 @@ def test_bytes_in_plain_behind_an_encryption_request_end_it_before_any_answer(
 
 def test_what_is_sent_behind_the_startup_packet_is_left_in_order() -> None:
     rest = _wire.message(messages.PASSWORD_MESSAGE, b"secret\0") + b"Q\0\0\0\x0dselect 1\0"
-    assert received(packet(*ALICE) + rest) == Outcome((), StartupMessage(ALICE), rest)
+    assert received(packet(*ALICE) + rest) == Outcome((), wanted(ALICE), rest)
 
 
 @pytest.mark.parametrize("size", [0, 1, 4, 8, 32, MAX_PACKET - 8])
@@ -105,23 +119,30 @@ def test_a_cancel_request_has_a_key_of_any_length(size: int) -> None:
     ],
 )
 def test_a_protocol_that_is_none_of_ours_is_refused(code: int, version: str) -> None:
-    told = f"unsupported frontend protocol {version}: server supports 3.0 to 3.0"
+    told = f"unsupported frontend protocol {version}: server supports 3.0 to 3.2"
     assert received(packet(*ALICE, code=code)) == Outcome((), client_fault("0A000", told))
 
 
-@pytest.mark.parametrize("minor", [1, 2, 9999, 0xFFFF])
-def test_a_higher_minor_version_is_negotiated_down(minor: int) -> None:
-    answer = _wire.message(ord("v"), b"\0\x03\0\0" + bytes(4))
+@pytest.mark.parametrize("minor", [0, 1, 2])
+def test_a_minor_version_up_to_ours_is_spoken_without_a_word(minor: int) -> None:
     outcome = received(packet(*ALICE, code=messages.PROTOCOL_3_0 + minor))
-    assert outcome == Outcome((answer,), StartupMessage(ALICE))
+    assert outcome == Outcome((), wanted(ALICE, minor))
 
 
-@pytest.mark.parametrize("minor", [0, 2])
-def test_protocol_options_are_named_as_unknown_and_are_no_parameters(minor: int) -> None:
+@pytest.mark.parametrize("minor", [3, 4, 9999, 0xFFFF])
+def test_a_higher_minor_version_is_negotiated_down(minor: int) -> None:
+    answer = _wire.message(ord("v"), b"\0\x03\0\x02" + bytes(4))
+    outcome = received(packet(*ALICE, code=messages.PROTOCOL_3_0 + minor))
+    assert outcome == Outcome((answer,), wanted(ALICE, 2))
+
+
+@pytest.mark.parametrize(("minor", "spoken"), [(0, 0), (2, 2), (9999, 2)])
+def test_protocol_options_are_named_as_unknown_and_are_no_parameters(minor: int, spoken: int) -> None:
     pairs = (ALICE[0], (b"_pq_.compression", b"on"), ALICE[1], (b"_pq_.", b""))
-    answer = _wire.message(ord("v"), b"\0\x03\0\0" + b"\0\0\0\x02" + b"_pq_.compression\0_pq_.\0")
+    version = b"\0\x03" + spoken.to_bytes(2)
+    answer = _wire.message(ord("v"), version + b"\0\0\0\x02" + b"_pq_.compression\0_pq_.\0")
     outcome = received(packet(*pairs, code=messages.PROTOCOL_3_0 + minor))
-    assert outcome == Outcome((answer,), StartupMessage(ALICE))
+    assert outcome == Outcome((answer,), wanted(ALICE, spoken))
 
 
 @pytest.mark.parametrize("length", [0, 1, 4, 7, MAX_PACKET + 1, 10_001, (1 << 31) - 1, 1 << 31, (1 << 32) - 1])
@@ -250,5 +271,89 @@ def test_a_login_that_is_over_asks_for_nothing_more(turns: list[bytes]) -> None:
 def test_a_smaller_bound_is_kept_too() -> None:
     whole = packet(*ALICE)
     for bound, ending in ((len(whole), StartupMessage), (len(whole) - 1, Raised)):
-        bounded = functools.partial(startup.receive_startup, max_packet=bound)
+        bounded = functools.partial(startup.receive_startup, max_packet=bound, tls=None, tls_required=False)
         assert isinstance(run_in_every_chunking(bounded, [whole]).ending, ending)
+
+
+UPGRADED = (ACCEPTED, StartTls(TLS))
+
+
+@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.parametrize(("before", "refused"), [([], ()), ([GSSENC], (REFUSED,))])
+def test_an_ssl_request_is_accepted_and_the_startup_packet_comes_in_tls(
+    before: list[bytes], refused: tuple[bytes, ...], *, required: bool
+) -> None:
+    outcome = received_with_tls(*before, SSL, packet(*ALICE) + b"behind", required=required)
+    assert outcome == Outcome((*refused, *UPGRADED), wanted(ALICE, 0, SECURE), b"behind")
+
+
+@pytest.mark.parametrize("alpn", ["", "postgresql"])
+def test_behind_an_ssl_request_no_application_protocol_is_needed(alpn: str) -> None:
+    agreed = encrypted(alpn=alpn)
+    assert received_with_tls(SSL, packet(*ALICE), encryption=agreed).ending == wanted(ALICE, 0, agreed)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_tls_from_the_first_byte_on_is_known_by_it(*, required: bool) -> None:
+    outcome = received_with_tls(CLIENT_HELLO, packet(*ALICE, code=messages.PROTOCOL_3_2) + b"x", required=required)
+    assert outcome == Outcome((StartTls(TLS),), wanted(ALICE, 2, SECURE), b"x")
+
+
+@pytest.mark.parametrize("alpn", ["", "http/1.1", "POSTGRESQL", "postgresql2"])
+def test_direct_tls_without_our_application_protocol_is_refused(alpn: str) -> None:
+    outcome = received_with_tls(CLIENT_HELLO, packet(*ALICE), encryption=encrypted(alpn=alpn))
+    detail = "direct TLS without the application protocol postgresql"
+    assert outcome == Outcome((StartTls(TLS),), client_fault("08P01", detail))
+
+
+@pytest.mark.parametrize("first", [SSL, CLIENT_HELLO], ids=["behind a request", "direct"])
+@pytest.mark.parametrize("again", [SSL, GSSENC], ids=["TLS", "GSSAPI"])
+def test_inside_tls_no_encryption_is_to_be_had(first: bytes, again: bytes) -> None:
+    outcome = received_with_tls(first, again, packet(*ALICE))
+    minor = int.from_bytes(again[4:]) & 0xFFFF
+    told = f"unsupported frontend protocol 1234.{minor}: server supports 3.0 to 3.2"
+    assert outcome == Outcome(UPGRADED if first == SSL else UPGRADED[1:], client_fault("0A000", told))
+
+
+def test_direct_tls_comes_first_or_not_at_all() -> None:
+    hello_length = int.from_bytes(CLIENT_HELLO[:4])
+    detail = f"startup packet of length {hello_length}, allowed are 8 to {MAX_PACKET}"
+    outcome = received_with_tls(GSSENC, CLIENT_HELLO)
+    assert outcome == Outcome((REFUSED,), client_fault("08P01", SILENT_CLOSE, detail))
+
+
+@pytest.mark.parametrize("behind", [b"\0", packet(*ALICE), CLIENT_HELLO])
+@pytest.mark.parametrize("required", [False, True])
+def test_bytes_in_plain_behind_an_ssl_request_are_not_taken_for_tls(behind: bytes, *, required: bool) -> None:
+    framer = _wire.Framer({})
+    outcome = run(receive(framer, TLS, required=required), framer, [SSL + behind], encryption=SECURE)
+    assert outcome == Outcome((), client_fault("08P01", "received unencrypted data after SSL request"))
+
+
+NO_TLS = client_fault("28000", "connection requires TLS (sslmode=require or better)")
+
+
+@pytest.mark.parametrize("turns", [[packet(*ALICE)], [GSSENC, packet(*ALICE)], [packet(*ALICE, code=0x3270F)]])
+def test_where_tls_is_required_a_plain_client_is_refused_before_anything_is_read_of_it(turns: list[bytes]) -> None:
+    outcome = received_with_tls(*turns, required=True)
+    assert outcome == Outcome((REFUSED,) * (len(turns) - 1), NO_TLS)
+    assert received_with_tls(_wire.startup_packet(messages.PROTOCOL_3_0, b"garbage"), required=True).ending == NO_TLS
+
+
+def test_where_tls_is_to_be_had_a_plain_client_is_let_in_too() -> None:
+    assert received_with_tls(packet(*ALICE)) == Outcome((), wanted(ALICE))
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_cancel_request_may_come_in_plain_or_in_tls(*, required: bool) -> None:
+    key = bytes(range(8))
+    cancel = _wire.startup_packet(messages.CANCEL_REQUEST, key)
+    assert received_with_tls(cancel, required=required) == Outcome((), CancelRequest(key))
+    assert received_with_tls(SSL, cancel, required=required) == Outcome(UPGRADED, CancelRequest(key))
+    assert received_with_tls(CLIENT_HELLO, cancel, required=required) == Outcome(UPGRADED[1:], CancelRequest(key))
+
+
+@pytest.mark.parametrize("tls", [None, TLS])
+def test_before_the_first_byte_nothing_is_said_or_begun(tls: TlsSide | None) -> None:
+    framer = _wire.Framer({})
+    assert run(receive(framer, tls), framer, []) == Outcome((), Waiting())

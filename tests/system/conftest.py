@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import socket
@@ -502,6 +504,50 @@ def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -
     assert line.startswith("pgauthproxy: ")
     for word in words:
         assert word in line
+
+
+class Terminal:
+    """A command of pgauthproxy at a terminal; `shown` is all that stood there, without what it prints."""
+
+    def __init__(self, *arguments: str, folder: Path | None = None) -> None:
+        self.master, slave = pty.openpty()
+        # Its own terminal, as far as it knows: only then Ctrl-C means something there.
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", "--wait", *MODULE, *arguments],
+            stdin=slave,
+            stdout=subprocess.PIPE,
+            stderr=slave,
+            env=environment,
+            cwd=folder,
+        )
+        os.close(slave)
+        self.shown = b""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        os.close(self.master)
+
+    def wait_for(self, words: bytes, count: int = 1) -> None:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while self.shown.count(words) < count:
+            assert select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0], self.shown
+            self.shown += os.read(self.master, 65536)
+
+    def type(self, words: bytes) -> None:
+        os.write(self.master, words)
+
+    def finish(self) -> tuple[int, bytes]:
+        """Its exit status, and what it printed; all that it showed is there then."""
+        printed, _ = self.process.communicate(timeout=WAIT_SECONDS)
+        # A terminal that nobody writes to any more ends in an error.
+        with contextlib.suppress(OSError):
+            while select.select([self.master], [], [], 0)[0] and (more := os.read(self.master, 65536)):
+                self.shown += more
+        return self.process.returncode, printed
 
 
 @pytest.fixture

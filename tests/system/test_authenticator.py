@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import trustme
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import Gateway, StartGateway
@@ -310,22 +311,85 @@ def test_words_that_are_too_long_for_libpq_are_cut(rewritable: Rewritable) -> No
         psycopg.connect(host="127.0.0.1", port=rewritable.gateway.port, user=new_user(), password=PASSWORD)
 
 
-@pytest.mark.parametrize("tls", ["require", "verify-ca", "verify-full", "REQUIRE", "nonsense"])
-def test_tls_that_is_asked_for_is_an_error_and_never_plain_text(
-    rewritable: Rewritable, target: RecordingTarget, tls: str
+@pytest.fixture(scope="module")
+def ca(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The file of an authority that signed for nobody here."""
+    path = tmp_path_factory.mktemp("ca") / "ca.crt"
+    trustme.CA().cert_pem.write_to_path(str(path))
+    return str(path)
+
+
+asking_for_tls = pytest.mark.parametrize("mode", ["require", "verify-ca", "verify-full"])
+
+
+@asking_for_tls
+def test_tls_that_is_asked_for_of_a_target_that_has_none_is_an_error_and_never_plain_text(
+    rewritable: Rewritable, target: RecordingTarget, ca: str, mode: str
 ) -> None:
-    rewritable.prints(target.host_line + b"user=x\n_META_TARGET_TLS=%s\n" % tls.encode())
+    rewritable.prints(target.host_line + f"user=x\n_META_TARGET_TLS={mode}\n_META_TARGET_CA={ca}\n".encode())
     error, reason = refusal(rewritable.gateway, new_user())
-    assert (error["S"], error["C"]) == ("FATAL", "58000")
-    assert "_META_TARGET_TLS" in reason
+    assert (error["S"], error["C"], error["M"]) == ("FATAL", "08001", "could not connect to the target server")
+    assert "target speaks no TLS, which is required" in reason
     assert target.startups == []
 
 
-def test_a_ca_alone_asks_for_tls_too(rewritable: Rewritable, target: RecordingTarget) -> None:
-    rewritable.prints(target.host_line + b"user=x\n_META_TARGET_CA=/etc/ca.pem\n")
+@asking_for_tls
+def test_direct_tls_with_a_target_that_has_none_is_an_error_and_never_plain_text(
+    rewritable: Rewritable, ca: str, mode: str
+) -> None:
+    heard: list[bytes] = []
+
+    def close_as_postgresql_does(connection: socket.socket) -> None:
+        heard.append(connection.recv(65_536))
+
+    with ScriptedTarget(close_as_postgresql_does) as target:
+        lines = f"_META_TARGET_HOST=127.0.0.1:{target.port}\nuser=somebody\n_META_TARGET_TLS={mode}\n"
+        lines += f"_META_TARGET_CA={ca}\n_META_TARGET_TLS_NEGOTIATION=direct\n"
+        rewritable.prints(lines.encode())
+        error, reason = refusal(rewritable.gateway, new_user())
+    assert (error["S"], error["C"], error["M"]) == ("FATAL", "08001", "could not connect to the target server")
+    assert "during the TLS handshake" in reason
+    (hello,) = heard
+    assert hello.startswith(b"\x16")
+    assert b"somebody" not in hello
+
+
+@pytest.mark.parametrize("mode", ["", "disable", "prefer"])
+@pytest.mark.parametrize("ca_line", [False, True])
+def test_a_target_without_tls_is_spoken_to_in_plain_where_none_is_required(
+    rewritable: Rewritable, target: RecordingTarget, ca: str, mode: str, *, ca_line: bool
+) -> None:
+    lines = f"user=x\n_META_TARGET_TLS={mode}\n_META_TARGET_CA={ca if ca_line else ''}\n"
+    rewritable.prints(target.host_line + lines.encode())
+    with RawClient(rewritable.gateway.port) as client:
+        client.log_in()
+    assert target.startups == [[(b"user", b"x")]]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        *((f"_META_TARGET_TLS={mode}", "mode is none of") for mode in ("REQUIRE", "nonsense", "allow", "true", " ")),
+        ("_META_TARGET_TLS_NEGOTIATION=tls", "negotiation is none of"),
+        ("_META_TARGET_TLS_NEGOTIATION=direct", "negotiation direct needs mode require or better"),
+        ("_META_TARGET_TLS=verify-ca", "mode verify-ca needs a ca to verify with"),
+        ("_META_TARGET_TLS=verify-full", "mode verify-full needs a ca to verify with"),
+        ("_META_TARGET_TLS=require\n_META_TARGET_CA=system", "ca system needs mode verify-full"),
+        ("_META_TARGET_TLS=require\n_META_TARGET_CA=/no/such.crt", "/no/such.crt: No such file or directory"),
+        ("_META_TARGET_CERT=/no/such.crt", "cert and key need each other"),
+        ("_META_TARGET_KEY=/no/such.key", "cert and key need each other"),
+        ("_META_TARGET_CERT=/etc/passwd\n_META_TARGET_KEY=/no/such.key", "/no/such.key: No such file or directory"),
+        ("_META_TARGET_CERT=/etc/passwd\n_META_TARGET_KEY=/dev/null", "/dev/null: not a regular file"),
+        ("_META_TARGET_TLS=\udcff", "a _META_TARGET_ field for TLS that is not UTF-8"),
+    ],
+)
+def test_wishes_for_tls_that_make_no_sense_are_an_error_and_never_plain_text(
+    rewritable: Rewritable, target: RecordingTarget, lines: str, says: str
+) -> None:
+    rewritable.prints(target.host_line + b"user=x\n" + lines.encode(errors="surrogateescape") + b"\n")
     error, reason = refusal(rewritable.gateway, new_user())
-    assert error["C"] == "58000"
-    assert "_META_TARGET_CA" in reason
+    assert (error["S"], error["C"], error["M"]) == ("FATAL", "58000", "authentication service failed")
+    assert says in reason
     assert target.startups == []
 
 

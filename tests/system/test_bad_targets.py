@@ -18,9 +18,10 @@ import pytest
 
 from pgauthproxy import _wire
 from pgauthproxy.errors import TargetFault
-from pgauthproxy.proto.target_login import TargetLimits, target_login
+from pgauthproxy.proto import messages
+from pgauthproxy.proto.target_login import TargetLimits, TargetTerms, target_login
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import Address, Mapping
+from pgauthproxy.stages import Accepted, Address, Granted, Mapping, Password, Started
 from tests.system.conftest import Answering, answering_gateway, wait_until
 from tests.wire import AUTH_OK, KEY, READY, RawClient, ScriptedTarget, greet, message, password, read_startup, startup
 
@@ -343,6 +344,7 @@ def test_messages_without_end_before_the_session_are_not_kept(facing: Facing, dr
         pytest.param(AUTH_OK + CLEARTEXT_REQUEST, id="a cleartext request after AuthenticationOk"),
         pytest.param(AUTH_OK + KEY + KEY + READY, id="a second BackendKeyData"),
         pytest.param(AUTH_OK + message(b"K", b"1234567") + READY, id="a cut BackendKeyData"),
+        pytest.param(AUTH_OK + message(b"K", bytes(4 + 257)) + READY, id="a BackendKeyData that is too long"),
         pytest.param(AUTH_OK + message(b"Z"), id="a ReadyForQuery without a status"),
         pytest.param(AUTH_OK + message(b"Z", b"II"), id="a ReadyForQuery with two"),
     ],
@@ -402,7 +404,6 @@ def test_a_method_that_the_gateway_cannot_do(facing: Facing, method: int, name: 
         b"",
         b"\0",
         b"\0\0\0",
-        b"SCRAM-SHA-256-PLUS\0\0",
         b"OAUTHBEARER\0\0",
         b"scram-sha-256\0\0",
         b"SCRAM-SHA-1\0SCRAM-SHA-512\0\0",
@@ -413,6 +414,14 @@ def test_a_method_that_the_gateway_cannot_do(facing: Facing, method: int, name: 
 def test_sasl_mechanisms_that_the_gateway_does_not_know(facing: Facing, mechanisms: bytes) -> None:
     request = message(b"R", struct.pack("!i", 10) + mechanisms)
     facing.refused(saying(request), "08004", "target offers no SASL mechanism that the gateway knows")
+
+
+@pytest.mark.parametrize(
+    "mechanisms", [b"SCRAM-SHA-256-PLUS\0\0", b"SCRAM-SHA-256-PLUS\0SCRAM-SHA-256\0\0", b"X\0SCRAM-SHA-256-PLUS\0"]
+)
+def test_a_channel_that_is_to_be_bound_and_is_not_encrypted(facing: Facing, mechanisms: bytes) -> None:
+    request = message(b"R", struct.pack("!i", 10) + mechanisms)
+    facing.refused(saying(request), "08P01", "SCRAM-SHA-256-PLUS offered without TLS")
 
 
 @pytest.mark.parametrize(
@@ -455,9 +464,13 @@ def test_the_password_in_clear_goes_to_no_other_machine(facing: Facing) -> None:
 
 def test_the_password_in_clear_goes_over_no_channel_that_others_can_read() -> None:
     framer = _wire.Framer({})
-    mapping = Mapping((Address("db.example", 5432),), ((b"user", ROLE.encode()),), Secret(SECRET.encode()))
+    parameters = ((b"user", ROLE.encode()),)
+    started = Started(Accepted("1", "192.0.2.1:1"), parameters)
+    mapping = Mapping((Address("db.example", 5432),), parameters, None)
+    granted = Granted(started, mapping, Password(Secret(SECRET.encode())), 0.0)
     limits = TargetLimits(2000, 30_000, 65_536, 100_000)
-    login = target_login(framer, mapping, limits, private_channel=False, pass_error_text=True)
+    terms = TargetTerms(messages.PROTOCOL_3_0, None, local=False, pass_error_text=True, limits=limits)
+    login = target_login(framer, granted, terms)
     sent = [next(login)]
     framer.feed(CLEARTEXT_REQUEST)
     with pytest.raises(TargetFault, match="in clear over a network without TLS") as raised:
@@ -529,7 +542,7 @@ class ScramTarget:
         ScramTarget(iterations=b"1"),
         ScramTarget(iterations=b"100000"),
         ScramTarget(salt=base64.b64encode(b"s")),
-        ScramTarget(mechanisms=b"SCRAM-SHA-256-PLUS\0SCRAM-SHA-256\0OAUTHBEARER\0\0"),
+        ScramTarget(mechanisms=b"OAUTHBEARER\0SCRAM-SHA-256\0SCRAM-SHA-1\0\0"),
         ScramTarget(nonce=lambda nonce: nonce.ljust(1024, b"x")),
         ScramTarget(final=lambda signature: tells(signature) + b",x=an extension"),
     ],
@@ -722,13 +735,20 @@ def test_an_error_may_be_as_long_as_the_settings_say(narrow: Facing, before: byt
     narrow.refused(saying(longer), "08P01", "message 'E' of length 201, allowed are 4 to 200")
 
 
-@pytest.mark.parametrize(("kind", "limit"), [(b"N", 200), (b"S", 300), (b"K", 300)])
+@pytest.mark.parametrize(("kind", "limit"), [(b"N", 200), (b"S", 300)])
 def test_what_comes_before_the_session_may_be_as_long_as_the_settings_say(
     narrow: Facing, kind: bytes, limit: int
 ) -> None:
     narrow.welcomes(ready_after(sized(kind, limit)))
     longer = ready_after(sized(kind, limit + 1))
     narrow.refused(longer, "08P01", f"message '{kind.decode()}' of length {limit + 1}, allowed are 4 to {limit}")
+
+
+def test_a_key_may_be_as_long_as_the_settings_and_the_protocol_say(narrow: Facing) -> None:
+    narrow.welcomes(ready_after(message(b"K", bytes(4 + 256))))
+    narrow.refused(ready_after(message(b"K", bytes(4 + 257))), "08P01", "BackendKeyData, or one of a wrong length")
+    longer = ready_after(sized(b"K", 301))
+    narrow.refused(longer, "08P01", "message 'K' of length 301, allowed are 4 to 300")
 
 
 def test_a_negotiation_may_be_as_long_as_the_settings_say(narrow: Facing) -> None:

@@ -28,6 +28,7 @@ from tests.wire import (
     message,
     query,
     read_startup,
+    refuse_tls,
 )
 
 SECONDS = 30
@@ -284,6 +285,7 @@ def test_a_cancel_request_for_a_target_that_listens_no_more_does_no_harm(mapped_
         with listening:
             connection, _ = listening.accept()
         with connection:
+            refuse_tls(connection)
             cancels(connection)
 
     serving = threading.Thread(target=serve_once)

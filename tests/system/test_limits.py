@@ -338,6 +338,7 @@ def test_a_client_that_goes_at_any_step_leaves_nothing_behind(
     for _ in range(3):
         come_and_go()
     assert held.gateway.descriptors == descriptors
+    held.gateway.wait_for("refused", count=4, reason=LEFT)
     assert {line["reason"] for line in held.gateway.log_lines("refused")} == {LEFT}
     # A place that was not given back would be missed here.
     assert_serves(held.port)

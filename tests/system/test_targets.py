@@ -19,8 +19,9 @@ import pytest
 from pgauthproxy._relay import ForwardBuffer
 from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
+from pgauthproxy.proto import messages
 from pgauthproxy.proto.target_login import TargetLimits
-from pgauthproxy.stages import Accepted, Address, Granted, Mapping, Started
+from pgauthproxy.stages import Accepted, Address, Granted, Mapping, Started, TargetTls
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import HBA, ROLES, Gateway
 from tests.system.conftest import Answering, answering_gateway
@@ -229,8 +230,17 @@ def test_a_target_that_listens_on_ipv6_alone_is_found(answering: Answering, host
 async def attached_at(host: Address) -> Address:
     """Where a login at a host ends up, without a process round it."""
     started = Started(Accepted("1", "127.0.0.1:1"), ((b"user", b"alice"),))
-    granted = Granted(started, Mapping((host,), ((b"user", b"x"),), None), 0.0)
-    policy = TargetPolicy(5.0, 15.0, False, TargetLimits(2000, 30000, 65536, 100_000), TcpOptions(60, 10, 6, 0.0))
+    granted = Granted(started, Mapping((host,), ((b"user", b"x"),), None), None, 0.0)
+    policy = TargetPolicy(
+        connect_timeout=5.0,
+        login_timeout=15.0,
+        error_text=False,
+        version=messages.PROTOCOL_3_0,
+        tls=TargetTls(),
+        limits=TargetLimits(2000, 30_000, 65_536, 100_000),
+        tcp=TcpOptions(60, 10, 6, 0.0),
+        warm=0,
+    )
     attached, leg = await Targets(policy, ForwardBuffer(65536)).attach(granted)
     leg.abort()
     await asyncio.sleep(0)

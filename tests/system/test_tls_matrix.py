@@ -104,14 +104,15 @@ class Seen:
 
 def by_libpq(login: Login) -> Seen:
     assert psycopg.pq.version() >= 180000
-    options = login.conninfo | {"require_auth": METHODS[login.method]}
+    options: dict[str, Any] = login.conninfo | {"require_auth": METHODS[login.method]}
     if login.method == "cert":
         options["sslcertmode"] = "require"
     if login.way == "direct":
         options["sslnegotiation"] = "direct"
     with psycopg.connect(**options, password=SECRET, connect_timeout=SECONDS) as session:
-        (who,) = session.execute(WHO).fetchone()
-        return Seen(who, encrypted=session.pgconn.ssl_in_use)
+        row = session.execute(WHO).fetchone()
+        assert row is not None
+        return Seen(row[0], encrypted=session.pgconn.ssl_in_use)
 
 
 def by_psql(login: Login) -> Seen:

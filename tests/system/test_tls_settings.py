@@ -18,7 +18,7 @@ from pgauthproxy.throwaway import UNPRIVILEGED_USER
 from tests.conftest import Gateway, StartGateway
 from tests.system.conftest import Run, assert_one_clear_line, configure
 from tests.tls import Authority, Identity, TlsClient, pem_of
-from tests.wire import RawClient, message, startup
+from tests.wire import SSL_REQUEST, RawClient, message, startup
 
 EXPOSED = "passwords cross the network in clear"
 LOADED = "certificates loaded anew"
@@ -176,7 +176,7 @@ def test_check_shows_the_settings_of_tls(run: Run, files: Path) -> None:
     said = run("check").stdout
     assert "tls.cert = mine.pem  (file pgauthproxy.yaml)" in said
     assert "tls.hosts = a.example, b.example  (file pgauthproxy.yaml)" in said
-    assert "tls.mode = (allow with a certificate, else disable)  (default)" in said
+    assert "tls.mode = allow  (default)" in said
     assert "target.tls.mode = require  (file pgauthproxy.yaml)" in said
 
 
@@ -194,6 +194,21 @@ def test_variables_set_tls_too(run: Run, files: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "tls.hosts = a.example  (environment PGPROXY_TLS_HOSTS)" in done.stdout
     assert "target.tls.ca = system  (environment PGPROXY_TARGET_TLS_CA)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        pytest.param(lambda pem: b"# f\xfcr alle\n" + pem + b"\xff\xfe\n", id="words that are no UTF-8"),
+        pytest.param(lambda pem: pem.replace(b" CERT", b" X509 CERT"), id="an older name for it"),
+        pytest.param(lambda pem: pem.replace(b"\n", b"\r\n"), id="line ends of Windows"),
+    ],
+)
+def test_what_openssl_reads_is_read(run: Run, files: Path, written: Callable[[bytes], bytes]) -> None:
+    (files / "mine.pem").write_bytes(written((files / "mine.pem").read_bytes()))
+    configure(files, tls=MINE)
+    done = run("check")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # Who may read a key
@@ -440,7 +455,7 @@ def test_a_session_of_a_certificate_whose_authority_is_gone_cannot_be_resumed(
     reloading.client_ca.write_bytes(stranger.cert.read_bytes())
     reloading.reload()
     with RawClient(reloading.gateway.port) as client:
-        client.send(b"\0\0\0\x08\x04\xd2\x16\x2f")
+        client.send(SSL_REQUEST)
         assert client.read(1) == b"S"
         with pytest.raises(ssl.SSLError):
             context.wrap_socket(client.socket, server_hostname="localhost", session=session)

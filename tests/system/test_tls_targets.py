@@ -32,7 +32,7 @@ from tests.system.conftest import (
     answering_gateway,
     wait_until,
 )
-from tests.tls import HOST, Authority, Identity, opens_with_tls, self_signed, server_context
+from tests.tls import HOST, Authority, Identity, opens_with_tls, self_signed, server_context, with_negative_serial
 from tests.wire import (
     AUTH_OK,
     CANCEL_REQUEST,
@@ -114,7 +114,7 @@ class Witness:
         encrypted = connection if isinstance(connection, ssl.SSLSocket) else None
         self.versions.append((encrypted and encrypted.version()) or "")
         self.resumed.append(bool(encrypted and encrypted.session_reused))
-        self.certificates.append(encrypted and encrypted.getpeercert())
+        self.certificates.append(encrypted.getpeercert() if encrypted else None)
         greet(connection)
         while connection.recv(65536):
             continue
@@ -238,6 +238,15 @@ def test_tls_1_2_is_spoken(answering: Answering, identities: dict[str, Identity]
     with witnessing(context) as (witness, target):
         answering.greeted(at(target) | tls("require"))
     assert witness.versions == ["TLSv1.2"]
+
+
+def test_what_is_odd_about_a_certificate_is_not_put_into_the_log_by_libraries(
+    answering: Answering, tmp_path: Path
+) -> None:
+    with witnessing(server_context(with_negative_serial(tmp_path, "odd"))) as (witness, target):
+        answering.greeted(at(target) | tls("require"))
+    assert witness.versions == ["TLSv1.3"]
+    assert {line[:1] for line in answering.gateway.log.read_text().splitlines()} == {"{"}
 
 
 # Names
@@ -450,7 +459,7 @@ ERROR = message(b"E", b"SFATAL\0VFATAL\0C0A000\0M" + WORDS.encode() + b"\0\0")
 # What a target answers, where the gateway would rather speak TLS, and what the log says of it where it insists.
 NOT_TLS = {
     "no": ([b"N"], "target speaks no TLS, which is required"),
-    "an error": ([ERROR], "target sent bytes in plain behind its answer to the SSL request"),
+    "an error": ([ERROR], "target answered the SSL request with something else than yes or no"),
     "the first byte of an error": ([b"E"], "target answered the SSL request with something else than yes or no"),
     "a byte that is none": ([b"\0"], "target answered the SSL request with something else than yes or no"),
     "yes, and speaks plain": ([b"S", AUTH_OK + KEY + READY], "TLS with the target failed: WRONG_VERSION_NUMBER"),

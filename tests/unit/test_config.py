@@ -7,12 +7,14 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+from pgauthproxy.auth.targets import TargetSpec
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
-from pgauthproxy.config.schema import Settings
+from pgauthproxy.config.schema import CertificateSettings, Settings
 
 Load = Callable[..., Loaded]
 
@@ -116,22 +118,65 @@ def test_a_key_without_a_value_counts_as_not_set(loaded: Load) -> None:
     assert loaded("max_clients:\nauthenticator:\ntarget:\n  error_text: ~").settings == Settings()
 
 
-@pytest.mark.parametrize("key", list(schema.all_keys()), ids=lambda key: key.path)
-def test_every_key_has_a_variable(loaded: Load, key: schema.Key) -> None:
-    other = {
+COMPANIONS = {
+    "tls.cert": {"PGPROXY_TLS_KEY": "a.key"},
+    "tls.key": {"PGPROXY_TLS_CERT": "a.crt"},
+    "tls.client_cert": {"PGPROXY_TLS_CLIENT_CA": "ca.crt"},
+    "authenticator.kind": {"PGPROXY_AUTHENTICATOR_CMD": "one"},
+    "authenticator.workers.min": {"PGPROXY_AUTHENTICATOR_WORKERS_MAX": "50"},
+}
+"""What some settings cannot be without."""
+
+VALUES: dict[str, tuple[str, object]] = {
+    "authenticator.cmd": ("one two", ["one", "two"]),
+    "authenticator.chain": ("[{cmd: one}]", [schema.AuthenticatorSettings(cmd=["one"])]),
+    "authenticator.targets": ("{db: {host: a, user: b}}", {"db": TargetSpec(host="a", user="b")}),
+    "authenticator.ldap.name_attribute": ("cn", "cn"),
+    "authenticator.ldap.rules": ("[{target: db}]", [schema.LdapRule(target="db")]),
+    "authenticator.ldap.max_parallel": ("42", 42),
+    "authenticator.jwt.algorithms": ("ES256,EdDSA", ["ES256", "EdDSA"]),
+    "authenticator.jwt.rules": ("[{target: db}]", [schema.JwtRule(target="db")]),
+    "authenticator.max_parallel": ("42", 42),
+    "authenticator.workers.min": ("42", 42),
+    "authenticator.workers.max": ("42", 42),
+    "target.warm": ("42", 42),
+}
+"""What some settings can be, and others of their type not."""
+
+
+def another_value(key: schema.Key) -> tuple[str, object]:
+    """A value that is not the default, as text and as it is meant."""
+    if key.path in VALUES:
+        return VALUES[key.path]
+    words = literals(key.type)
+    if words:
+        other = next(word for word in words if word != key.default)
+        return other, other
+    others: dict[type, tuple[str, object]] = {
         bool: ("true", True),
-        int: ("4242", 4242) if key.path != "authenticator.max_parallel" else ("42", 42),
+        int: ("4242", 4242),
         float: ("4.5", 4.5),
         list: ("one,two", ["one", "two"]),
         type(None): ("one,two", ["one", "two"]),
-        str: ("json", "json") if key.path == "log.format" else ("debug", "debug"),
+        str: ("/some/where", "/some/where"),
+        dict: ("{db: {cert: a, key: b}}", {"db": CertificateSettings(cert="a", key="b")}),
     }
-    text, expected = other[type(key.default)]
-    if key.path == "authenticator.cmd":
-        text = "one two"
+    return others[type(key.default)]
+
+
+def literals(part: Any) -> tuple[str, ...]:
+    """The words that a type allows, wherever in it they stand."""
+    if get_origin(part) is Literal:
+        return get_args(part)
+    return tuple(word for inner in get_args(part) for word in literals(inner))
+
+
+@pytest.mark.parametrize("key", list(schema.all_keys()), ids=lambda key: key.path)
+def test_every_key_has_a_variable(loaded: Load, key: schema.Key) -> None:
+    text, expected = another_value(key)
     name = "PGPROXY_" + key.path.upper().replace(".", "_")
-    settings = loaded("", {}, {name: text})
-    assert value(settings.settings, key.path) == expected
+    settings = loaded("", {}, {name: text, **COMPANIONS.get(key.path, {})})
+    assert value(settings.settings, key.path) == expected != key.default
     assert settings.origins[key.path] == f"environment {name}"
 
 
@@ -160,6 +205,79 @@ def test_a_command_is_a_list_or_one_string_that_no_shell_reads(loaded: Load, con
 )
 def test_listen_is_one_address_or_several(loaded: Load, content: str, listen: list[str]) -> None:
     assert loaded(content).settings.listen == listen
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "tls: {hosts: {db.example.com: {cert: a.crt, key: a.key}, other: {cert: b.crt, key: b.key}}}",
+        "TLS:\n  Hosts:\n    db.example.com: {cert: a.crt, key: a.key}\n    other: {cert: b.crt, key: b.key}",
+        "tls.hosts: {db.example.com: {cert: a.crt, key: a.key}, other: {cert: b.crt, key: b.key}}",
+    ],
+)
+def test_the_names_of_hosts_are_no_keys(loaded: Load, content: str) -> None:
+    assert loaded(content).settings.tls.hosts == {
+        "db.example.com": CertificateSettings(cert="a.crt", key="a.key"),
+        "other": CertificateSettings(cert="b.crt", key="b.key"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "method"),
+    [
+        ("", "md5"),
+        ("cleartext_password: false", "md5"),
+        ("cleartext_password: true", "cleartext"),
+        ("{cleartext_password: true, method: cleartext}", "cleartext"),
+        ("{cleartext_password: false, method: cleartext}", "cleartext"),
+        ("method: md5", "md5"),
+        ("method: scram-sha-256", "scram-sha-256"),
+    ],
+)
+def test_the_method_is_named_or_is_what_cleartext_password_says(loaded: Load, content: str, method: str) -> None:
+    settings = loaded(f"authenticator: {content}" if content.startswith("{") else f"authenticator:\n  {content}")
+    assert settings.settings.method == method
+
+
+@pytest.mark.parametrize(
+    ("content", "mode"),
+    [
+        ("", "disable"),
+        ("cert: a, key: b", "allow"),
+        ("cert: a, key: b, mode: disable", "disable"),
+        ("cert: a, key: b, mode: allow", "allow"),
+        ("cert: a, key: b, mode: require", "require"),
+        ("mode: disable", "disable"),
+    ],
+)
+def test_tls_is_to_be_had_once_there_is_a_certificate(loaded: Load, content: str, mode: str) -> None:
+    assert loaded(f"tls: {{{content}}}").settings.tls_mode == mode
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            "authenticator: {cleartext_password: true, method: md5}",
+            "authenticator.cleartext_password: contradicts authenticator.method md5",
+        ),
+        ("tls: {mode: allow}", "tls.mode: allow needs tls.cert and tls.key"),
+        ("tls: {mode: require}", "tls.mode: require needs tls.cert and tls.key"),
+        ("tls: {cert: a}", "tls.cert, tls.key: need each other"),
+        ("tls: {key: a}", "tls.cert, tls.key: need each other"),
+        ("tls: {cert: a, key: b, client_cert: require}", "tls.client_cert: require needs tls.client_ca"),
+        (
+            "{authenticator: {method: cert}, tls: {cert: a, key: b, client_ca: c}}",
+            "authenticator.method: cert needs TLS, and tls.client_cert optional or require",
+        ),
+        (
+            "{authenticator: {method: cert}, tls: {client_ca: c, client_cert: require}}",
+            "authenticator.method: cert needs TLS, and tls.client_cert optional or require",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_told(faults: Callable[..., list[str]], content: str, says: str) -> None:
+    assert faults(content) == [says]
 
 
 def test_a_number_may_stand_in_quotes(loaded: Load) -> None:
@@ -199,6 +317,12 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         ("log: {format: xml}", "log.format: Invalid enum value 'xml'"),
         ("listen: 5432", "listen: Expected `array`, got `int`"),
         ("authenticator: {cmd: 'a \"b'}", "authenticator.cmd: No closing quotation"),
+        ("tls: {hosts: db}", "tls.hosts: Expected `object`, got `str`"),
+        ("tls: {hosts: '{'}", "tls.hosts: not YAML"),
+        ("tls: {hosts: {db: {cert: a}}}", "tls.hosts: Object missing required field `key` - at `$[...]`"),
+        ("tls: {min_version: 1.1}", "tls.min_version: Invalid enum value '1.1'"),
+        ("authenticator: {method: trust}", "authenticator.method: Invalid enum value 'trust'"),
+        ("target: {protocol: '3.1'}", "target.protocol: Invalid enum value '3.1'"),
         ("authenticator: {cleartext_password: 7}", "authenticator.cleartext_password: Expected `bool`, got `int`"),
     ],
 )
@@ -206,6 +330,13 @@ def test_a_value_of_the_wrong_kind_is_named_with_the_right_one(
     faults: Callable[..., list[str]], content: str, says: str
 ) -> None:
     assert faults(content) == [says]
+
+
+@pytest.mark.parametrize("quote", ["", "'"])
+def test_a_version_is_no_number(loaded: Load, quote: str) -> None:
+    content = f"tls: {{min_version: {quote}1.3{quote}}}\ntarget: {{protocol: {quote}3.2{quote}}}"
+    settings = loaded(content).settings
+    assert (settings.tls.min_version, settings.target.protocol) == ("1.3", "3.2")
 
 
 def test_all_faults_are_told_at_once(faults: Callable[..., list[str]]) -> None:

@@ -11,7 +11,19 @@ from pgauthproxy.auth import fields
 from pgauthproxy.auth.fields import NonsenseError
 from pgauthproxy.auth.model import Question
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import Accepted, Address, Mapping, Parameters, Started
+from pgauthproxy.stages import (
+    Accepted,
+    Address,
+    Certificate,
+    Encryption,
+    FromClient,
+    Mapping,
+    Parameters,
+    Password,
+    Started,
+    StoredMd5,
+    TargetTls,
+)
 
 MAX_LINES = 8
 MD5 = b"md5" + b"0123456789abcdef" * 2
@@ -42,6 +54,60 @@ def test_the_salt_of_cleartext_mode_is_eight_zeros() -> None:
     asked = question(method="cleartext", credential=Secret(b"p=q"), salt=bytes(4))
     assert b"_SOURCE_METHOD=cleartext\n" in fields.encode_question(asked)
     assert fields.encode_question(asked).endswith(b"_SOURCE_CRED=p=q\n_SOURCE_SALT=00000000\n")
+
+
+CERTIFICATE = Certificate(
+    subject="CN=alice,O=Example\\, Inc.",
+    issuer="CN=Example CA",
+    serial="7f",
+    alternative_names="DNS:alice.example.com,email:alice@example.com",
+    fingerprint="ab" * 32,
+)
+
+
+def over_tls(certificate: Certificate | None = None, server_name: str = "") -> Encryption:
+    return Encryption("TLSv1.3", "TLS_AES_256_GCM_SHA384", server_name, "postgresql", b"binding", certificate)
+
+
+def tls_lines(encryption: Encryption) -> list[bytes]:
+    started = Started(Accepted("2a", "192.0.2.1:50000"), ((b"user", b"alice"),), encryption)
+    lines = fields.encode_question(Question(started, "md5", Secret(MD5), b"salt")).split(b"\n")
+    return [line for line in lines if line.startswith(b"_SOURCE_TLS")]
+
+
+def test_what_is_known_by_tls_stands_in_lines_of_its_own() -> None:
+    assert tls_lines(over_tls()) == [b"_SOURCE_TLS=TLSv1.3"]
+    assert tls_lines(over_tls(server_name="db.example.com")) == [
+        b"_SOURCE_TLS=TLSv1.3",
+        b"_SOURCE_TLS_SNI=db.example.com",
+    ]
+    assert tls_lines(over_tls(CERTIFICATE)) == [
+        b"_SOURCE_TLS=TLSv1.3",
+        b"_SOURCE_TLS_SUBJECT=CN=alice,O=Example\\, Inc.",
+        b"_SOURCE_TLS_ISSUER=CN=Example CA",
+        b"_SOURCE_TLS_SERIAL=7f",
+        b"_SOURCE_TLS_SAN=DNS:alice.example.com,email:alice@example.com",
+        b"_SOURCE_TLS_FINGERPRINT=" + b"ab" * 32,
+    ]
+
+
+def test_without_tls_there_is_no_line_of_it() -> None:
+    assert b"_SOURCE_TLS" not in fields.encode_question(question())
+
+
+@pytest.mark.parametrize("method", ["scram-sha-256", "cert"])
+def test_a_client_that_has_not_answered_has_no_credential_and_no_salt(method: str) -> None:
+    asked = fields.encode_question(question(method=method, credential=None, salt=b""))
+    assert asked == (
+        b"user=alice\n_SOURCE_ADDR=192.0.2.1:50000\n_SOURCE_METHOD=" + method.encode() + b"\n_SOURCE_SESSION=2a\n"
+    )
+
+
+@pytest.mark.parametrize("field", ["subject", "issuer", "serial", "alternative_names", "fingerprint"])
+def test_no_line_of_a_certificate_can_forge_another(field: str) -> None:
+    values = dict.fromkeys(Certificate.__struct_fields__, "x") | {field: "x\nuser=mallory"}
+    with pytest.raises(ValueError, match=r"^a line break in a field of the authenticator's input$"):
+        tls_lines(over_tls(Certificate(**values)))
 
 
 def test_values_pass_unchanged_whatever_their_encoding() -> None:
@@ -121,30 +187,53 @@ def test_what_was_echoed_and_what_is_not_known_is_dropped() -> None:
     assert fields.decode_mapping(output, MAX_LINES).parameters == ((b"user", b"reader"),)
 
 
+def plain(value: bytes) -> Password:
+    return Password(Secret(value))
+
+
 @pytest.mark.parametrize(
-    ("lines", "credential", "is_md5"),
+    ("lines", "credential"),
     [
-        (b"", None, False),
-        (b"_META_TARGET_CRED=\n", None, False),
-        (b"_META_TARGET_CRED=" + MD5, MD5, True),
-        (b"_META_TARGET_CRED=" + MD5 + b"\r\n", MD5, True),
-        (b"_META_TARGET_CRED=secret", b"secret", False),
-        (b"_META_TARGET_CRED=" + MD5.upper(), MD5.upper(), False),
-        (b"_META_TARGET_CRED=" + MD5[:-1], MD5[:-1], False),
-        (b"_META_TARGET_CRED=" + MD5 + b"0", MD5 + b"0", False),
-        (b"_META_TARGET_CRED= " + MD5, b" " + MD5, False),
-        (b"_META_TARGET_PASSWORD=" + MD5, MD5, False),
-        (b"_META_TARGET_PASSWORD=", b"", False),
-        (b"_META_TARGET_CRED=" + MD5 + b"\n_META_TARGET_PASSWORD=secret", b"secret", False),
-        (b"_META_TARGET_CRED=\xff\xfe", b"\xff\xfe", False),
+        (b"", None),
+        (b"_META_TARGET_CRED=\n", None),
+        (b"_META_TARGET_CRED=" + MD5, StoredMd5(Secret(MD5))),
+        (b"_META_TARGET_CRED=" + MD5 + b"\r\n", StoredMd5(Secret(MD5))),
+        (b"_META_TARGET_CRED=secret", plain(b"secret")),
+        (b"_META_TARGET_CRED=" + MD5.upper(), plain(MD5.upper())),
+        (b"_META_TARGET_CRED=" + MD5[:-1], plain(MD5[:-1])),
+        (b"_META_TARGET_CRED=" + MD5 + b"0", plain(MD5 + b"0")),
+        (b"_META_TARGET_CRED= " + MD5, plain(b" " + MD5)),
+        (b"_META_TARGET_PASSWORD=" + MD5, plain(MD5)),
+        (b"_META_TARGET_PASSWORD=", plain(b"")),
+        (b"_META_TARGET_CRED=" + MD5 + b"\n_META_TARGET_PASSWORD=secret", plain(b"secret")),
+        (b"_META_TARGET_CRED=\xff\xfe", plain(b"\xff\xfe")),
+        (b"_META_TARGET_CRED=client", FromClient()),
+        (b"_META_TARGET_CRED=Client", plain(b"Client")),
+        (b"_META_TARGET_CRED=client ", plain(b"client ")),
+        (b"_META_TARGET_PASSWORD=client", plain(b"client")),
+        (b"_META_TARGET_CRED=client\n_META_TARGET_PASSWORD=secret", plain(b"secret")),
     ],
 )
-def test_a_credential_is_a_hash_if_it_looks_like_one_and_is_not_called_a_password(
-    lines: bytes, credential: bytes | None, is_md5: bool
+def test_a_credential_is_what_it_looks_like_unless_it_is_called_a_password(
+    lines: bytes, credential: Password | StoredMd5 | FromClient | None
 ) -> None:
-    mapping = fields.decode_mapping(ANSWER + lines, MAX_LINES)
-    assert mapping.credential == (None if credential is None else Secret(credential))
-    assert mapping.credential_is_md5 is is_md5
+    assert fields.decode_mapping(ANSWER + lines, MAX_LINES).credential == credential
+
+
+SCRAM = b"SCRAM-SHA-256$4096:c2FsdA==$" + b"A" * 43 + b"=:" + b"A" * 43 + b"="
+
+
+@pytest.mark.parametrize(
+    ("lines", "verifier"),
+    [
+        (b"", None),
+        (b"_META_SOURCE_VERIFIER=", None),
+        (b"_META_SOURCE_VERIFIER=" + SCRAM, Secret(SCRAM)),
+        (b"_META_SOURCE_VERIFIER=" + MD5 + b"\r\n", Secret(MD5)),
+    ],
+)
+def test_a_verifier_is_handed_on_as_it_is(lines: bytes, verifier: Secret | None) -> None:
+    assert fields.decode_mapping(ANSWER + lines, MAX_LINES).verifier == verifier
 
 
 @pytest.mark.parametrize(
@@ -167,22 +256,43 @@ def test_an_answer_of_which_no_session_can_be_made_is_nonsense(output: bytes, sa
         fields.decode_mapping(output, MAX_LINES)
 
 
-@pytest.mark.parametrize("mode", [b"", b"disable", b"prefer", b"allow"])
-def test_a_mode_that_may_go_without_tls_goes_without(mode: bytes) -> None:
-    assert fields.decode_mapping(ANSWER + b"_META_TARGET_TLS=" + mode, MAX_LINES).user == b"reader"
+TLS_FIELDS = [
+    ("_META_TARGET_TLS", "mode", "verify-full"),
+    ("_META_TARGET_CA", "ca", "/etc/ca.pem"),
+    ("_META_TARGET_CERT", "cert", "/etc/client.crt"),
+    ("_META_TARGET_KEY", "key", "/etc/client.key"),
+    ("_META_TARGET_TLS_NEGOTIATION", "negotiation", "direct"),
+    ("_META_TARGET_TLS_NAME", "name", "db.example.com"),
+]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        *(b"_META_TARGET_TLS=" + mode for mode in (b"require", b"verify-ca", b"verify-full", b"Disable", b"off", b" ")),
-        b"_META_TARGET_CA=/etc/ca.pem",
-        b"_META_TARGET_TLS=disable\n_META_TARGET_CA=/etc/ca.pem",
-    ],
-)
-def test_a_wish_for_tls_is_never_answered_with_plain_text(line: bytes) -> None:
-    with pytest.raises(NonsenseError, match="asks for TLS, which this version cannot do"):
-        fields.decode_mapping(ANSWER + line, MAX_LINES)
+@pytest.mark.parametrize(("name", "field", "value"), TLS_FIELDS)
+def test_a_wish_for_tls_names_what_it_is_about(name: str, field: str, value: str) -> None:
+    assert field in TargetTls.__struct_fields__
+    output = ANSWER + f"{name}={value}\n".encode()
+    assert fields.decode_mapping(output, MAX_LINES).tls == ((field, value),)
+
+
+def test_wishes_for_tls_come_in_one_order_and_empty_ones_are_none() -> None:
+    lines = [f"{name}={value}\n" for name, _, value in TLS_FIELDS]
+    wished = tuple((field, value) for _, field, value in TLS_FIELDS)
+    assert {field for field, _ in wished} == set(TargetTls.__struct_fields__)
+    for ordered in (lines, lines[::-1]):
+        assert fields.decode_mapping(ANSWER + "".join(ordered).encode(), 20).tls == wished
+    emptied = "".join(f"{name}=\n" for name, _, _ in TLS_FIELDS).encode()
+    assert fields.decode_mapping(ANSWER + emptied, 20).tls == ()
+
+
+@pytest.mark.parametrize("mode", ["disable", "prefer", "require", "Disable", "off", " ", "allow"])
+def test_a_mode_is_handed_on_as_it_is(mode: str) -> None:
+    output = ANSWER + f"_META_TARGET_TLS={mode}".encode()
+    assert fields.decode_mapping(output, MAX_LINES).tls == (("mode", mode),)
+
+
+@pytest.mark.parametrize("name", [name.encode() for name, _, _ in TLS_FIELDS])
+def test_a_wish_that_is_not_utf8_is_nonsense(name: bytes) -> None:
+    with pytest.raises(NonsenseError, match=r"^a _META_TARGET_ field for TLS that is not UTF-8$"):
+        fields.decode_mapping(ANSWER + name + b"=\xff", MAX_LINES)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [(b"", None), (b"1", 1.0), (b"0.5", 0.5), (b"1e3", 1000.0)])

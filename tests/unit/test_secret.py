@@ -19,7 +19,7 @@ from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.proto.client_login import Proof
 from pgauthproxy.proto.steps import DeriveKey
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import Accepted, Address, Granted, Mapping, Started
+from pgauthproxy.stages import Accepted, Address, Granted, Mapping, Password, ProvedKeys, Started, StoredMd5
 
 HIDDEN = "hunter2"
 
@@ -48,12 +48,18 @@ def test_it_takes_no_format_that_could_cut_pieces_off(secret: Secret) -> None:
 
 def test_no_value_that_holds_it_shows_it(secret: Secret) -> None:
     started = Started(Accepted("1", "192.0.2.1:1"), ((b"user", b"alice"),))
-    mapping = Mapping((Address("db", 5432),), ((b"user", b"reader"),), secret)
+    parameters = ((b"user", b"reader"),)
+    mapping = Mapping((Address("db", 5432),), parameters, Password(secret))
+    proved = ProvedKeys(secret, Secret(HIDDEN.encode()), b"salt", 4096)
     holders = [
         Proof("cleartext", secret, bytes(4)),
         Question(started, "cleartext", secret, bytes(4)),
         mapping,
-        Granted(started, mapping, 0.1),
+        Mapping((Address("db", 5432),), parameters, StoredMd5(secret)),
+        Mapping((Address("db", 5432),), parameters, None, verifier=secret),
+        Granted(started, mapping, Password(secret), 0.1),
+        Granted(started, mapping, proved, 0.1),
+        proved,
         DeriveKey(secret, b"salt", 4096),
     ]
     for holder in holders:

@@ -143,6 +143,20 @@ def test_pending_counts_what_was_not_taken() -> None:
         framer.message()
 
 
+def test_a_byte_can_be_looked_at_and_taken_by_itself() -> None:
+    framer = _wire.Framer({ord("R"): 8})
+    assert framer.first_byte == -1
+    assert framer.byte() is None
+    framer.feed(b"\xffS" + framed(ord("R"), 8, b"abcd"))
+    for expected in (0xFF, ord("S")):
+        assert framer.first_byte == framer.first_byte == expected
+        assert framer.byte() == expected
+    assert framer.first_byte == ord("R")
+    assert framer.message() == (ord("R"), b"abcd")
+    assert framer.first_byte == -1
+    assert framer.byte() is None
+
+
 def test_the_rest_is_what_was_not_taken_and_is_given_once() -> None:
     messages, rest = framed(PASSWORD, 6, b"ab") * 3, b"Q\0\0\0\x09select a row"
     stream = messages + rest

@@ -1,0 +1,44 @@
+"""Lists of networks that a client may come from."""
+
+import functools
+import ipaddress
+import socket
+from typing import Final
+
+LOCAL: Final = "local"
+"""The word for Unix sockets, and what stands for a client's address there, in brackets."""
+
+_Block = tuple[int, int, int]
+"""Version of IP, mask and network."""
+
+
+class Networks:
+    """Networks in CIDR form or single addresses, and `local` for Unix sockets. IPv4 is IPv4, however it arrives."""
+
+    def __init__(self, texts: tuple[str, ...]) -> None:
+        """Raises ValueError, which names the text."""
+        self._local = LOCAL in texts
+        self._blocks = tuple(_parse(text) for text in texts if text != LOCAL)
+
+    def has(self, address: str) -> bool:
+        """Whether a client's address, as `Accepted` has it, is in one of them."""
+        host, _, _ = address.rpartition(":")
+        if not host:
+            return self._local
+        if host.startswith("["):
+            version, packed = 6, socket.inet_pton(socket.AF_INET6, host[1:-1].partition("%")[0])
+        else:
+            version, packed = 4, socket.inet_pton(socket.AF_INET, host)
+        number = int.from_bytes(packed)
+        return any(of == version and number & mask == network for of, mask, network in self._blocks)
+
+
+# Users have the same few networks, and making one costs as much as reading a whole user.
+@functools.lru_cache(4096)
+def _parse(text: str) -> _Block:
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        what = str(error) if "host bits" in str(error) else f"{text!r} is no network, as 10.0.0.0/8 or fd00::/8 are"
+        raise ValueError(what) from None
+    return network.version, int(network.netmask), int(network.network_address)

@@ -1,0 +1,46 @@
+"""Stream sockets that know their family and type.
+
+Python's own make a member of an enumeration of each, whenever they are asked; with ten questions a login that was a
+twentieth of its cost.
+"""
+
+import socket
+from typing import Final
+
+
+class _Tcp4(socket.socket):
+    __slots__ = ()
+    family = socket.AF_INET
+    type = socket.SOCK_STREAM
+
+
+class _Tcp6(socket.socket):
+    __slots__ = ()
+    family = socket.AF_INET6
+    type = socket.SOCK_STREAM
+
+
+class _Unix(socket.socket):
+    __slots__ = ()
+    family = socket.AF_UNIX
+    type = socket.SOCK_STREAM
+
+
+_OF_FAMILY: Final[dict[int, type[socket.socket]]] = {
+    socket.AF_INET: _Tcp4,
+    socket.AF_INET6: _Tcp6,
+    socket.AF_UNIX: _Unix,
+}
+
+
+def make(family: int, descriptor: int | None = None) -> socket.socket:
+    """A non-blocking stream socket: a new one, or that of a descriptor, which it owns."""
+    made = _OF_FAMILY[family](family, socket.SOCK_STREAM, 0, descriptor)
+    made.setblocking(False)
+    return made
+
+
+def accept(listening: socket.socket) -> tuple[socket.socket, object]:
+    """The next connection of a listener that `make` made, and its peer's address. Raises OSError."""
+    descriptor, peer = listening._accept()  # type: ignore[attr-defined]  # what socket.accept calls
+    return make(listening.family, descriptor), peer
