@@ -129,24 +129,27 @@ def _ldap(settings: Settings, whole: Settings, sink: Sink) -> Authenticator:
     except ModuleNotFoundError as error:
         raise _missing("ldap", error) from None
     wanted = settings.authenticator.ldap
-    policy = LdapPolicy(
-        urls=tuple(wanted.url),
-        start_tls=wanted.start_tls,
-        allow_plain=wanted.allow_plain,
-        ca=wanted.ca,
-        user_dn=wanted.user_dn,
-        base=wanted.base,
-        filter=wanted.filter,
-        scope=wanted.scope,
-        bind_dn=wanted.bind_dn,
-        bind_password=_secret_of("authenticator.ldap.bind_password", wanted.bind_password),
-        name_attribute=wanted.name_attribute,
-        group_filter=wanted.group_filter,
-        timeout=wanted.timeout,
-        max_parallel=wanted.max_parallel,
-    )
+
+    def read_policy() -> LdapPolicy:
+        return LdapPolicy(
+            urls=tuple(wanted.url),
+            start_tls=wanted.start_tls,
+            allow_plain=wanted.allow_plain,
+            ca=wanted.ca,
+            user_dn=wanted.user_dn,
+            base=wanted.base,
+            filter=wanted.filter,
+            scope=wanted.scope,
+            bind_dn=wanted.bind_dn,
+            bind_password=_secret_of("authenticator.ldap.bind_password", wanted.bind_password),
+            name_attribute=wanted.name_attribute,
+            group_filter=wanted.group_filter,
+            timeout=wanted.timeout,
+            max_parallel=wanted.max_parallel,
+        )
+
     rules = [Rule(rule.target, rule.group, rule.filter) for rule in wanted.rules]
-    return LdapAuthenticator(policy, rules, _named_targets(settings, whole), sink)
+    return LdapAuthenticator(read_policy, rules, lambda: _named_targets(settings, whole), sink)
 
 
 def _jwt(settings: Settings, whole: Settings, sink: Sink) -> Authenticator:
@@ -175,7 +178,7 @@ def _jwt(settings: Settings, whole: Settings, sink: Sink) -> Authenticator:
         end_with_token=wanted.end_with_token,
     )
     rules = [Rule(rule.target, rule.claim, rule.equals, rule.contains) for rule in wanted.rules]
-    return JwtAuthenticator(source, policy, rules, _named_targets(settings, whole), sink)
+    return JwtAuthenticator(source, policy, rules, lambda: _named_targets(settings, whole), sink)
 
 
 def _vault(settings: Settings, inner: Authenticator, sink: Sink) -> Authenticator:
@@ -185,17 +188,20 @@ def _vault(settings: Settings, inner: Authenticator, sink: Sink) -> Authenticato
     except ModuleNotFoundError as error:
         raise _missing("vault", error) from None
     wanted = settings.authenticator.vault
-    policy = VaultPolicy(
-        address=wanted.address,
-        ca=wanted.ca,
-        namespace=wanted.namespace,
-        token=_secret_of("authenticator.vault.token", wanted.token),
-        role_id=wanted.role_id,
-        secret_id=_secret_of("authenticator.vault.secret_id", wanted.secret_id),
-        approle_mount=wanted.approle_mount,
-        timeout=wanted.timeout,
-    )
-    return VaultAuthenticator(policy, inner, sink)
+
+    def read_policy() -> VaultPolicy:
+        return VaultPolicy(
+            address=wanted.address,
+            ca=wanted.ca,
+            namespace=wanted.namespace,
+            token=_secret_of("authenticator.vault.token", wanted.token),
+            role_id=wanted.role_id,
+            secret_id=_secret_of("authenticator.vault.secret_id", wanted.secret_id),
+            approle_mount=wanted.approle_mount,
+            timeout=wanted.timeout,
+        )
+
+    return VaultAuthenticator(read_policy, inner, sink)
 
 
 def _missing(extra: str, error: ModuleNotFoundError) -> AuthenticatorConfigError:

@@ -101,7 +101,7 @@ def _describe(mapping: Answer) -> Sequence[str]:
         case StoredMd5():
             lines.append(f"credential: an MD5 hash, {HIDDEN}")
         case Leased(path):
-            lines.append(f"credential: from vault, {path}")
+            lines.append(f"credential: from Vault, {path}")
         case None:
             lines.append("credential: none")
         case _:

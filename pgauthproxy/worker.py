@@ -190,6 +190,8 @@ class Worker:
         except AuthenticatorConfigError as error:
             for fault in error.faults:
                 self._sink(Noticed("error", "authenticator not loaded, the old one stays", (("reason", fault),)))
+        else:
+            self._sink(Noticed("info", "authenticator loaded anew"))
 
     def _reload_certificates(self) -> None:
         """Reads certificates anew, for connections from here on. What cannot be used leaves the old ones in force."""

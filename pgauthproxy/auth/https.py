@@ -1,7 +1,6 @@
 """What authenticators that speak HTTP share: verified, bounded, without redirects, and past every proxy variable."""
 
 import json
-import ssl
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -36,10 +35,13 @@ def checked_url(text: str) -> str:
     return text
 
 
-def open_session(context: ssl.SSLContext, timeout: float, parallel: int) -> aiohttp.ClientSession:
-    """Connections that are kept; `timeout` is for one request, all of it."""
+def open_session(timeout: float, parallel: int) -> aiohttp.ClientSession:
+    """Connections that are kept; `timeout` is for one request, all of it.
+
+    Each request brings its TLS along, which may be another after a reload.
+    """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(ssl=context, limit=parallel),
+        connector=aiohttp.TCPConnector(limit=parallel),
         timeout=aiohttp.ClientTimeout(total=timeout),
         cookie_jar=aiohttp.DummyCookieJar(),
     )

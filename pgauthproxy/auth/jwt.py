@@ -5,10 +5,12 @@ is in the header, which nobody has signed yet; so the algorithm must be one that
 public keys, and a header that could be read in two ways, or that demands what nobody here knows, is no header.
 """
 
+import asyncio
 import base64
 import binascii
 import json
 import re
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from collections.abc import Mapping as Named
@@ -22,7 +24,7 @@ import jwt
 from pgauthproxy.auth import https
 from pgauthproxy.auth.keysets import KeptKeys
 from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Question
-from pgauthproxy.auth.targets import Target
+from pgauthproxy.auth.targets import ReadTargets, Target
 from pgauthproxy.events import Sink
 from pgauthproxy.net.tls import TlsConfigError, verifying_context
 from pgauthproxy.stages import Mapping
@@ -86,9 +88,10 @@ class JwtAuthenticator:
     """Lets in who has a good token, as its claims say. States, in order: made, started, closed."""
 
     def __init__(
-        self, source: KeySource, policy: JwtPolicy, rules: Sequence[Rule], targets: Named[str, Target], sink: Sink
+        self, source: KeySource, policy: JwtPolicy, rules: Sequence[Rule], read_targets: ReadTargets, sink: Sink
     ) -> None:
         """Raises AuthenticatorConfigError."""
+        targets = read_targets()
         if bool(source.file) == bool(source.url):
             raise AuthenticatorConfigError("authenticator.jwt: needs either jwks_file or jwks_url")
         if not policy.issuer or not policy.audience or not policy.user_claim:
@@ -98,27 +101,24 @@ class JwtAuthenticator:
         check_rules(rules, targets)
         self._policy = policy
         self._rules = tuple(rules)
+        self._read_targets = read_targets
         self._targets = targets
         self._source = source
-        self._context = None
         if source.url:
             try:
                 https.checked_url(source.url)
             except AuthenticatorConfigError as error:
                 raise AuthenticatorConfigError(f"authenticator.jwt.jwks_url: {error}") from None
-            try:
-                self._context = verifying_context(source.ca)
-            except TlsConfigError as error:
-                raise AuthenticatorConfigError(f"authenticator.jwt.jwks_ca: {error}") from None
         elif not Path(source.file).is_file():
             raise AuthenticatorConfigError(f"authenticator.jwt.jwks_file: {source.file}: no such file")
+        self._context = _context(source)
         self._session: aiohttp.ClientSession | None = None
         read: Callable[[], Awaitable[bytes]] = self._read_url if source.url else self._read_file
         self._keys = KeptKeys(read, policy.algorithms, source.refresh, source.interval, sink)
 
     async def start(self) -> None:
-        if self._context is not None:
-            self._session = https.open_session(self._context, self._source.timeout, 1)
+        if self._source.url:
+            self._session = https.open_session(self._source.timeout, 1)
 
     async def ask(self, question: Question) -> Mapping:
         token = question.credential.reveal() if question.credential is not None else b""
@@ -137,7 +137,8 @@ class JwtAuthenticator:
         raise Denied("token is good, and no rule has a target for it")
 
     async def reload(self) -> None:
-        """Keys are read anew by themselves."""
+        self._targets, self._context = await asyncio.to_thread(lambda: (self._read_targets(), _context(self._source)))
+        await self._keys.reload()
 
     async def close(self) -> None:
         await self._keys.close()
@@ -198,10 +199,21 @@ class JwtAuthenticator:
 
     async def _read_url(self) -> bytes:
         assert self._session is not None  # noqa: S101 (it was started)
-        async with self._session.get(self._source.url, allow_redirects=False) as response:
+        assert self._context is not None  # noqa: S101 (there is a URL)
+        async with self._session.get(self._source.url, ssl=self._context, allow_redirects=False) as response:
             if response.status != 200:
                 raise https.BadAnswerError(f"status {response.status}")
             return await https.read_body(response)
+
+
+def _context(source: KeySource) -> ssl.SSLContext | None:
+    """None where nothing is asked over TLS. Raises AuthenticatorConfigError."""
+    if not source.url:
+        return None
+    try:
+        return verifying_context(source.ca)
+    except TlsConfigError as error:
+        raise AuthenticatorConfigError(f"authenticator.jwt.jwks_ca: {error}") from None
 
 
 def check_rules(rules: Sequence[Rule], targets: Named[str, Target]) -> None:

@@ -88,7 +88,8 @@ class KeptKeys:
         interval: float,
         sink: Sink,
     ) -> None:
-        """`read` gives the set's text or raises one of https.FAILURES; it is called at most once each `interval`."""
+        """`read` gives the set's text or raises one of https.FAILURES; it is called at most once each `interval`,
+        and on a reload."""
         self._read = read
         self._algorithms = algorithms
         self._refresh = refresh
@@ -115,6 +116,13 @@ class KeptKeys:
         if self._keys is None:
             raise AuthenticatorFault(f"no keys to verify tokens with: {self._failure}")
         return self._keys.find(key_id, algorithm)
+
+    async def reload(self) -> None:
+        """Reads them anew, however lately that was done."""
+        self._tried_at = None
+        self._begin_reading()
+        if self._reading is not None:
+            await asyncio.shield(self._reading)
 
     def _begin_reading(self) -> None:
         now = time.monotonic()

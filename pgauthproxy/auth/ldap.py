@@ -20,7 +20,7 @@ import sansldap
 
 from pgauthproxy.auth.directory import Connection, DirectoryError, Entry, Server
 from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Question
-from pgauthproxy.auth.targets import Target
+from pgauthproxy.auth.targets import ReadTargets, Target
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.events import Noticed, Sink
 from pgauthproxy.net.tls import TlsConfigError, verifying_context
@@ -79,6 +79,10 @@ class LdapPolicy:
     max_parallel: int
 
 
+ReadPolicy = Callable[[], LdapPolicy]
+"""Reads what the policy refers to. Raises AuthenticatorConfigError."""
+
+
 def escape(value: str) -> str:
     """A value as it may stand in a DN and in a filter: bytes that could mean anything there, as `\\` and hex digits."""
     return "".join(chr(byte) if byte in PLAIN else f"\\{byte:02x}" for byte in value.encode())
@@ -87,17 +91,17 @@ def escape(value: str) -> str:
 class LdapAuthenticator:
     """Lets in whom the directory lets bind. States, in order: made, started, closed."""
 
-    def __init__(self, policy: LdapPolicy, rules: Sequence[Rule], targets: Named[str, Target], sink: Sink) -> None:
+    def __init__(self, read_policy: ReadPolicy, rules: Sequence[Rule], read_targets: ReadTargets, sink: Sink) -> None:
         """Raises AuthenticatorConfigError, which names the key."""
+        policy, targets = read_policy(), read_targets()
+        self._read_policy = read_policy
+        self._read_targets = read_targets
         self._policy = policy
         self._rules = tuple(rules)
         self._targets = targets
         self._sink = sink
         self._servers = _servers(policy)
-        try:
-            self._context: ssl.SSLContext = verifying_context(policy.ca)
-        except TlsConfigError as error:
-            raise AuthenticatorConfigError(f"authenticator.ldap.ca: {error}") from None
+        self._context = _context(policy)
         _check(policy, self._rules, targets)
         self._name_attribute = _name_attribute(policy)
         self._places = asyncio.Semaphore(policy.max_parallel)
@@ -127,7 +131,16 @@ class LdapAuthenticator:
                 raise AuthenticatorFault(f"directory: {error}") from None
 
     async def reload(self) -> None:
-        """Nothing of it is read twice."""
+        """Secrets and authorities: what refers to them stays as it is."""
+
+        def read() -> tuple[LdapPolicy, dict[str, Target], ssl.SSLContext]:
+            policy = self._read_policy()
+            _check_password(policy)
+            return policy, self._read_targets(), _context(policy)
+
+        self._policy, self._targets, self._context = await asyncio.to_thread(read)
+        while self._kept:
+            self._kept.pop()[0].close()
 
     async def close(self) -> None:
         self._closed = True
@@ -303,6 +316,14 @@ def _servers(policy: LdapPolicy) -> tuple[Server, ...]:
     return servers
 
 
+def _context(policy: LdapPolicy) -> ssl.SSLContext:
+    """Raises AuthenticatorConfigError."""
+    try:
+        return verifying_context(policy.ca)
+    except TlsConfigError as error:
+        raise AuthenticatorConfigError(f"authenticator.ldap.ca: {error}") from None
+
+
 def _is_exposed(server: Server, policy: LdapPolicy) -> bool:
     return not server.encrypted and not policy.start_tls and not server.is_loopback
 
@@ -315,6 +336,14 @@ def _name_attribute(policy: LdapPolicy) -> str:
     return found[1] if found else ""
 
 
+def _check_password(policy: LdapPolicy) -> None:
+    """Raises AuthenticatorConfigError."""
+    try:
+        policy.bind_password.reveal().decode()
+    except UnicodeDecodeError:
+        raise AuthenticatorConfigError("authenticator.ldap.bind_password: is not UTF-8") from None
+
+
 def _check(policy: LdapPolicy, rules: Sequence[Rule], targets: Named[str, Target]) -> None:
     """Raises AuthenticatorConfigError."""
     prefix = "authenticator.ldap"
@@ -323,10 +352,7 @@ def _check(policy: LdapPolicy, rules: Sequence[Rule], targets: Named[str, Target
     key, template = ("user_dn", policy.user_dn) if policy.user_dn else ("filter", policy.filter)
     if USER not in template:
         raise AuthenticatorConfigError(f"{prefix}.{key}: needs {USER} in it")
-    try:
-        policy.bind_password.reveal().decode()
-    except UnicodeDecodeError:
-        raise AuthenticatorConfigError(f"{prefix}.bind_password: is not UTF-8") from None
+    _check_password(policy)
     if bool(policy.bind_dn) != bool(policy.bind_password):
         raise AuthenticatorConfigError(f"{prefix}.bind_dn, {prefix}.bind_password: need each other")
     if not rules:

@@ -144,6 +144,9 @@ class Target:
         )
 
 
+ReadTargets = Callable[[], dict[str, Target]]
+"""Reads named targets, and what they refer to. Raises AuthenticatorConfigError with all faults."""
+
 TargetFault = Callable[[Target], str | None]
 """What is wrong with a target as things stand here, if anything; begins with its key."""
 

@@ -6,13 +6,22 @@ create roles. Whatever happens to the gateway, a lease that nobody renews ends b
 """
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from typing import Any, Final, TypeGuard
 
 import msgspec
 
 from pgauthproxy.auth.model import Authenticator, Question
-from pgauthproxy.auth.vault_client import FIRST_WAIT, RENEW_AFTER, VaultClient, VaultError, VaultPolicy, read_term
+from pgauthproxy.auth.vault_client import (
+    FIRST_WAIT,
+    RENEW_AFTER,
+    VaultClient,
+    VaultError,
+    VaultPolicy,
+    read_context,
+    read_term,
+)
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.events import Noticed, Sink
 from pgauthproxy.secret import Secret
@@ -101,8 +110,10 @@ class VaultLease:
 class VaultAuthenticator:
     """An authenticator whose mappings may name credentials of Vault. States, in order: made, started, closed."""
 
-    def __init__(self, policy: VaultPolicy, inner: Authenticator, sink: Sink) -> None:
-        """Raises AuthenticatorConfigError."""
+    def __init__(self, read_policy: Callable[[], VaultPolicy], inner: Authenticator, sink: Sink) -> None:
+        """`read_policy` reads what the policy refers to. Raises AuthenticatorConfigError, as that does."""
+        policy = read_policy()
+        self._read_policy = read_policy
         self._client = VaultClient(policy, sink)
         self._timeout = policy.timeout
         self._inner = inner
@@ -122,7 +133,13 @@ class VaultAuthenticator:
         return mapping
 
     async def reload(self) -> None:
+        def read() -> tuple[VaultPolicy, ssl.SSLContext]:
+            policy = self._read_policy()
+            return policy, read_context(policy)
+
+        policy, context = await asyncio.to_thread(read)
         await self._inner.reload()
+        self._client.replace(policy, context)
 
     async def close(self) -> None:
         await self._inner.close()

@@ -70,15 +70,13 @@ class VaultClient:
 
     def __init__(self, policy: VaultPolicy, sink: Sink) -> None:
         """Raises AuthenticatorConfigError, which names the key."""
-        prefix = "authenticator.vault"
         try:
             https.checked_url(policy.address)
-            self._context: ssl.SSLContext = verifying_context(policy.ca)
-        except (AuthenticatorConfigError, TlsConfigError) as error:
-            key = "ca" if isinstance(error, TlsConfigError) else "address"
-            raise AuthenticatorConfigError(f"{prefix}.{key}: {error}") from None
+        except AuthenticatorConfigError as error:
+            raise AuthenticatorConfigError(f"authenticator.vault.address: {error}") from None
         if bool(policy.token) == bool(policy.role_id):
-            raise AuthenticatorConfigError(f"{prefix}: needs either token or role_id")
+            raise AuthenticatorConfigError("authenticator.vault: needs either token or role_id")
+        self._context = read_context(policy)
         self._policy = policy
         self._sink = sink
         self._session: aiohttp.ClientSession | None = None
@@ -87,7 +85,14 @@ class VaultClient:
         self._keeping: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._session = https.open_session(self._context, self._policy.timeout, PARALLEL)
+        self._session = https.open_session(self._policy.timeout, PARALLEL)
+
+    def replace(self, policy: VaultPolicy, context: ssl.SSLContext) -> None:
+        """From here on, the secrets of this policy. What was lent with an old token may be renewed with the new one."""
+        if policy.token.reveal() != self._policy.token.reveal():
+            self._forget_token()
+        self._policy = policy
+        self._context = context
 
     async def close(self) -> None:
         self._forget_token()
@@ -208,6 +213,7 @@ class VaultClient:
                 method,
                 url,
                 json=body,
+                ssl=self._context,
                 headers=headers,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=seconds),
@@ -222,6 +228,14 @@ class VaultClient:
             raise NotAllowedError
         final = 300 <= status < 500 and status not in PASSING
         raise VaultError(f"{MEANINGS.get(status, 'cannot serve')} (status {status})", final=final)
+
+
+def read_context(policy: VaultPolicy) -> ssl.SSLContext:
+    """Raises AuthenticatorConfigError."""
+    try:
+        return verifying_context(policy.ca)
+    except TlsConfigError as error:
+        raise AuthenticatorConfigError(f"authenticator.vault.ca: {error}") from None
 
 
 def read_term(fields: dict[str, Any], name: str) -> tuple[float, bool]:

@@ -16,7 +16,16 @@ import yaml
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import Gateway, StartGateway
-from tests.system.conftest import Run, assert_one_clear_line, new_user, refusal, running_gateway, wait_until
+from tests.system.conftest import (
+    NOT_LOADED,
+    Run,
+    assert_one_clear_line,
+    new_user,
+    refusal,
+    reload,
+    running_gateway,
+    wait_until,
+)
 from tests.tls import Authority, server_context
 from tests.tokens import AUDIENCE, ISSUER, Answer, Endpoint, Issuer, publishes, respond
 from tests.wire import RawClient, password, startup
@@ -284,6 +293,66 @@ def test_keys_may_be_in_a_file_that_is_replaced(start: Any, tmp_path: Path) -> N
     wait_until(lambda: served(gateway, issuer.token("alice")), "the file to be read again")
     file.unlink()
     assert asked(gateway.port, "alice", issuer.token("alice")) == "trusted"
+
+
+def test_keys_are_read_anew_when_that_is_asked_for(start: Any, tmp_path: Path) -> None:
+    issuer = Issuer()
+    file = tmp_path / "keys.json"
+    file.write_bytes(issuer.key_set)
+    gateway = start(jwks_file=str(file), jwks_min_seconds=3600, jwks_seconds=3600)
+    assert served(gateway, issuer.token("alice"))
+    issuer.rotate()
+    file.write_bytes(issuer.key_set)
+    assert not served(gateway, issuer.token("alice"))
+    reload(gateway)
+    assert served(gateway, issuer.token("alice"))
+    file.write_text("{}")
+    reload(gateway)
+    gateway.wait_for("keys of tokens not read, the old ones stay")
+    assert served(gateway, issuer.token("alice"))
+
+
+def test_the_password_of_a_target_is_read_anew_and_a_broken_reference_leaves_the_old_one(
+    start_gateway: StartGateway, postgres: ThrowawayPostgres, tmp_path: Path
+) -> None:
+    issuer = Issuer()
+    keys, secret = tmp_path / "keys.json", tmp_path / "secret"
+    keys.write_bytes(issuer.key_set)
+    secret.write_text("not yet")
+    wanted = settings(postgres, jwks_file=str(keys), rules=[{"target": "writing"}])
+    wanted["targets"]["writing"]["password"] = f"file:{secret}"
+    gateway = start_gateway([], authenticator=wanted)
+    with pytest.raises(psycopg.OperationalError):
+        asked(gateway.port, "alice", issuer.token("alice"))
+    secret.write_text("scram secret")
+    reload(gateway)
+    assert asked(gateway.port, "alice", issuer.token("alice")) == "scrammed"
+    secret.unlink()
+    assert reload(gateway, NOT_LOADED)["reason"].startswith("authenticator.targets.writing.password: file:")
+    assert asked(gateway.port, "alice", issuer.token("alice")) == "scrammed"
+
+
+def test_a_chain_takes_tokens_beside_passwords(
+    start_gateway: StartGateway, postgres: ThrowawayPostgres, tmp_path: Path
+) -> None:
+    issuer = Issuer()
+    keys, users = tmp_path / "keys.json", tmp_path / "users.yaml"
+    keys.write_bytes(issuer.key_set)
+    host = f"127.0.0.1:{postgres.port}"
+    bob = {"verifier": "builder", "databases": {"*": "all"}}
+    users.write_text(yaml.safe_dump({"targets": {"all": {"host": host, "user": "trusted"}}, "users": {"bob": bob}}))
+    users.chmod(0o600)
+    wanted = settings(postgres, jwks_file=str(keys))
+    # Targets may stand beside the chain, or in the link whose rules name them.
+    beside = {name: wanted["targets"].pop(name) for name in ["writing"]}
+    chain = [{"users": {"file": str(users)}}, {name: wanted[name] for name in ("kind", "targets", "jwt")}]
+    gateway = start_gateway(None, authenticator={"chain": chain, "method": "cleartext", "targets": beside})
+    assert asked(gateway.port, "bob", "builder") == "trusted"
+    assert asked(gateway.port, "alice", issuer.token("alice")) == "trusted"
+    assert asked(gateway.port, "alice", issuer.token("alice", groups=["writers"])) == "scrammed"
+    for user, typed in (("bob", issuer.token("alice")), ("alice", "builder"), ("carol", issuer.token("alice"))):
+        with pytest.raises(psycopg.OperationalError, match=REFUSED.format(user)):
+            asked(gateway.port, user, typed)
 
 
 def test_a_client_that_leaves_while_the_keys_are_read_leaves_nothing_behind(start: Any) -> None:

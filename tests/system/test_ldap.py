@@ -18,7 +18,16 @@ import yaml
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import Gateway, StartGateway
-from tests.system.conftest import Run, assert_one_clear_line, new_user, refusal, running_gateway, wait_until
+from tests.system.conftest import (
+    NOT_LOADED,
+    Run,
+    assert_one_clear_line,
+    new_user,
+    refusal,
+    reload,
+    running_gateway,
+    wait_until,
+)
 from tests.tls import HOST, Authority, server_context
 from tests.wire import RawClient, ScriptedTarget, password, startup
 
@@ -534,6 +543,35 @@ def test_a_service_account_that_is_refused_fails_logins_and_says_so(start: Calla
     error, reason = refusal(gateway, new_user(), "wonderland")
     assert (error["C"], error["M"]) == ("58000", FAILED)
     assert "bind_dn cannot log in: invalid credentials" in reason
+
+
+@needs_slapd
+def test_what_references_lead_to_is_read_anew(
+    start_gateway: StartGateway,
+    directory: Directory,
+    authority: Authority,
+    stranger: Authority,
+    postgres: ThrowawayPostgres,
+    tmp_path: Path,
+) -> None:
+    service, ca, secret = (tmp_path / name for name in ("service", "ca.pem", "secret"))
+    right = {service: SERVICE_PASSWORD, ca: authority.cert.read_text(), secret: "scram secret"}
+    wrong = {service: "wrong", ca: stranger.cert.read_text(), secret: "wrong"}
+    for file, text in right.items():
+        file.write_text(text)
+    wanted = settings(postgres, **by_search(directory, authority, ca=str(ca), bind_password=f"file:{service}"))
+    wanted["targets"]["writing"]["password"] = f"file:{secret}"
+    gateway = start_gateway([], authenticator=wanted)
+    assert is_served(gateway)
+    for file in right:
+        file.write_text(wrong[file])
+        reload(gateway)
+        assert not is_served(gateway)
+        file.unlink()
+        assert file.name in reload(gateway, NOT_LOADED)["reason"]
+        file.write_text(right[file])
+        reload(gateway)
+        assert is_served(gateway)
 
 
 @needs_slapd

@@ -12,10 +12,11 @@ from typing import Any
 
 import psycopg
 import pytest
+import yaml
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import Gateway, StartGateway, WriteAuthenticator
-from tests.system.conftest import new_user, running_gateway
+from tests.system.conftest import Run, assert_one_clear_line, new_user, running_gateway
 from tests.tls import HOST, Authority, Identity, TlsClient
 from tests.tokens import AUDIENCE, ISSUER, Endpoint, Issuer, publishes
 from tests.wire import RawClient, message, startup
@@ -348,6 +349,15 @@ def test_a_command_gets_the_token_and_says_who_that_is(
         assert client.read_fatal() == ("28000", REFUSED.format("alice"))
 
 
+def test_a_verifier_is_no_answer_to_a_token(
+    start: Start, authenticator: WriteAuthenticator, context: ssl.SSLContext
+) -> None:
+    script = authenticator("echo _META_TARGET_HOST=127.0.0.1:1\necho user=x\necho _META_SOURCE_VERIFIER=md5" + 32 * "0")
+    with offered(start(script), context) as client:
+        client.send(initial(bearer("whatever")))
+        assert client.read_fatal()[0] == "58000"
+
+
 def test_a_command_may_word_the_refusal(
     start: Start, authenticator: WriteAuthenticator, context: ssl.SSLContext
 ) -> None:
@@ -357,3 +367,34 @@ def test_a_command_may_word_the_refusal(
         client.read_message()
         client.send(message(b"p", b"\x01"))
         assert client.read_fatal() == ("28000", "come back tomorrow")
+
+
+def test_a_token_may_be_tried_without_a_client(
+    run: Run, issuer: Issuer, identity: Identity, postgres: ThrowawayPostgres, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_bytes(issuer.key_set)
+    wanted = {
+        "kind": "jwt",
+        "method": "oauth",
+        "targets": {"all": {"host": f"127.0.0.1:{postgres.port}", "user": "trusted"}},
+        "jwt": {"issuer": ISSUER, "audience": AUDIENCE, "jwks_file": str(keys), "rules": [{"target": "all"}]},
+    }
+    (tmp_path / "pgauthproxy.yaml").write_text(yaml.safe_dump({"authenticator": wanted, "tls": identity.settings}))
+    token = issuer.token("alice")
+    done = run("auth", "--user", "alice", "--database", "postgres", "--connect", typed=f"{token}\n")
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert "  _SOURCE_CRED=***" in done.stdout.splitlines()
+    assert token not in done.stdout
+    refused = run("auth", "--user", "bob", typed=f"{token}\n")
+    assert refused.returncode == 1
+    assert "token is for another user" in refused.stdout
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_file_of_users_knows_no_tokens(run: Run, identity: Identity, tmp_path: Path, chained: bool) -> None:
+    users: dict[str, Any] = {"users": {"file": "users.yaml"}}
+    wanted = {"chain": [users]} if chained else users
+    wanted |= {"method": "oauth", "oauth": {"issuer": ISSUER}}
+    (tmp_path / "pgauthproxy.yaml").write_text(yaml.safe_dump({"authenticator": wanted, "tls": identity.settings}))
+    assert_one_clear_line(run(), "users knows no tokens")

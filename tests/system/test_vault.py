@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import ssl
 import threading
 import uuid
@@ -24,7 +25,7 @@ from aiohttp import web
 from pgauthproxy.proto.scram import Verifier
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import Gateway, StartGateway, WriteAuthenticator
-from tests.system.conftest import Run, assert_one_clear_line, new_user, refusal, wait_until
+from tests.system.conftest import NOT_LOADED, Run, assert_one_clear_line, new_user, refusal, reload, wait_until
 from tests.tls import Authority, server_context
 from tests.tokens import AUDIENCE, ISSUER, Issuer
 from tests.wire import RawClient, ScriptedTarget, password, startup
@@ -634,6 +635,23 @@ def test_a_token_may_be_in_a_file(start: Start, vault: Vault, tmp_path: Path) ->
     assert is_served(start(vault={"token": f"file:{tmp_path / 'token'}"}))
 
 
+def test_a_token_in_a_file_may_be_replaced(start: Start, vault: Vault, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    gateway = start(vault={"token": f"file:{file}"})
+    with connected(gateway) as session:
+        vault.tokens = {"hvs.another"}
+        assert not is_served(gateway)
+        file.write_text("hvs.another")
+        reload(gateway)
+        assert is_served(gateway)
+        assert session.execute("select 42").fetchone() == (42,)
+        file.unlink()
+        assert "authenticator.vault.token" in reload(gateway, NOT_LOADED)["reason"]
+        assert is_served(gateway)
+    wait_until_given_back(vault, 3)
+
+
 # Other kinds, and settings
 
 
@@ -659,6 +677,72 @@ def test_a_named_target_may_get_its_credential_from_vault(
     with psycopg.connect(**options, password=issuer.token("alice")) as session:
         assert session.execute("select current_user").fetchone() == (next(iter(vault.leases.values())),)
     wait_until_given_back(vault)
+
+
+def write_users(file: Path, postgres: ThrowawayPostgres) -> None:
+    """Alice, whose target has a credential of Vault's."""
+    target = {"host": f"127.0.0.1:{postgres.port}", "user": "nobody", "password": "vault:database/creds/app"}
+    alice = {"verifier": Verifier.of(b"x", b"sixteen bytes of", 4096).text().decode(), "databases": {"*": "app"}}
+    file.write_text(yaml.safe_dump({"targets": {"app": target}, "users": {"alice": alice}}))
+    file.chmod(0o600)
+
+
+@pytest.mark.parametrize("kind", ["users", "chain"])
+def test_a_target_in_a_file_of_users_may_get_its_credential_from_vault(
+    vault: Vault, start_gateway: StartGateway, postgres: ThrowawayPostgres, tmp_path: Path, kind: str
+) -> None:
+    write_users(tmp_path / "users.yaml", postgres)
+    users: dict[str, Any] = {"users": {"file": "users.yaml"}}
+    asked = users if kind == "users" else {"chain": [users], "method": "scram-sha-256"}
+    gateway = start_gateway(None, authenticator={**asked, "vault": {"address": vault.address, "token": TOKEN}})
+    with connected(gateway) as session:
+        assert session.execute("select current_user").fetchone() == (next(iter(vault.leases.values())),)
+    wait_until_given_back(vault)
+    gateway.process.send_signal(signal.SIGHUP)
+    gateway.wait_for("users loaded", 2)
+    assert is_served(gateway)
+    wait_until_given_back(vault, 2)
+
+
+def test_an_answer_that_is_kept_lends_each_session_a_credential_of_its_own(start: Start, vault: Vault) -> None:
+    gateway = start(lines="echo _META_CACHE_SECONDS=60", authenticator={"method": "cleartext"})
+    for count in (1, 2):
+        assert is_served(gateway)
+        wait_until_given_back(vault, count)
+
+
+def test_a_target_that_borrows_where_there_is_no_vault_is_named_at_the_start(
+    run: Run, folder: Path, postgres: ThrowawayPostgres
+) -> None:
+    write_users(folder / "users.yaml", postgres)
+    settings = {"listen": "127.0.0.1:0", "authenticator": {"users": {"file": "users.yaml"}}}
+    (folder / "pgauthproxy.yaml").write_text(yaml.safe_dump(settings))
+    assert_one_clear_line(run(), "users.yaml:4: targets.app.password: ", "authenticator.vault.address")
+
+
+def test_vault_stands_beside_a_chain(run: Run, folder: Path) -> None:
+    link = {"cmd": ["./authenticator"], "vault": {"address": "https://vault.example", "token": "x"}}
+    content = {"listen": "127.0.0.1:0", "authenticator": {"chain": [link]}}
+    (folder / "pgauthproxy.yaml").write_text(yaml.safe_dump(content))
+    assert_one_clear_line(run(), "authenticator.chain, 1.vault")
+
+
+def test_a_trial_gives_back_what_it_was_lent(
+    vault: Vault, run: Run, folder: Path, authenticator: WriteAuthenticator, postgres: ThrowawayPostgres
+) -> None:
+    script = authenticator(
+        f"echo _META_TARGET_HOST=127.0.0.1:{postgres.port}\n"
+        "echo _META_TARGET_CRED=vault:database/creds/app\n"
+        "echo user=nobody\necho database=postgres"
+    )
+    settings = {"cmd": [str(script)], "vault": {"address": vault.address, "token": TOKEN}}
+    (folder / "pgauthproxy.yaml").write_text(yaml.safe_dump({"authenticator": settings}))
+    for connect in ([], ["--connect"]):
+        done = run("auth", "--user", "alice", *connect, typed="x\n")
+        assert done.returncode == 0, done
+        assert "  credential: from Vault, database/creds/app" in done.stdout.splitlines()
+        assert vault.passwords[-1] not in done.stdout
+    wait_until_given_back(vault, 2)
 
 
 def test_without_a_vault_nobody_lends(start: Start) -> None:

@@ -110,7 +110,7 @@ def ask(tmp_path: Path) -> Ask:
 
     def once(shown: bytes, *rules: Rule, user: bytes = b"alice", policy: JwtPolicy = POLICY) -> Mapping:
         async def asking() -> Mapping:
-            authenticator = JwtAuthenticator(source, policy, rules or [EVERYBODY], targets, ignore)
+            authenticator = JwtAuthenticator(source, policy, rules or [EVERYBODY], lambda: targets, ignore)
             await authenticator.start()
             try:
                 started = Started(Accepted("1", "[local]"), ((b"user", user), (b"database", b"shop")))
