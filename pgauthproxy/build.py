@@ -64,18 +64,19 @@ def _of_kind(settings: Settings, whole: Settings, sink: Sink) -> Authenticator:
         case "jwt":
             return _jwt(settings, whole, sink)
         case "chain":
-            return _chain(settings, sink)
+            return _chain(settings, whole, sink)
         case None:
             raise AuthenticatorConfigError("authenticator.cmd: no authenticator is configured")
 
 
-def _chain(settings: Settings, sink: Sink) -> ChainAuthenticator:
+def _chain(settings: Settings, whole: Settings, sink: Sink) -> ChainAuthenticator:
     links: list[tuple[str, Authenticator]] = []
     faults: list[str] = []
     for number, link in enumerate(settings.authenticator.chain, 1):
-        alone = msgspec.structs.replace(settings, authenticator=link)
+        targets = settings.authenticator.targets | link.targets
+        alone = msgspec.structs.replace(settings, authenticator=msgspec.structs.replace(link, targets=targets))
         try:
-            links.append((f"{number} ({link.decided_kind})", _of_kind(alone, settings, sink)))
+            links.append((f"{number} ({link.decided_kind})", _of_kind(alone, whole, sink)))
         except AuthenticatorConfigError as error:
             faults += (f"authenticator.chain, {number}: {fault}" for fault in error.faults)
     if faults:
@@ -222,7 +223,7 @@ def _named_targets(settings: Settings, whole: Settings) -> dict[str, Target]:
     """The targets that rules may name. Raises AuthenticatorConfigError with all faults."""
     targets: dict[str, Target] = {}
     faults: list[str] = []
-    for name, spec in (whole.authenticator.targets | settings.authenticator.targets).items():
+    for name, spec in settings.authenticator.targets.items():
         try:
             targets[name] = build_target(spec, target_fault(whole))
         except AuthenticatorConfigError as error:

@@ -687,14 +687,16 @@ def write_users(file: Path, postgres: ThrowawayPostgres) -> None:
     file.chmod(0o600)
 
 
-@pytest.mark.parametrize("kind", ["users", "chain"])
+@pytest.mark.parametrize("chains", [0, 1, 2])
 def test_a_target_in_a_file_of_users_may_get_its_credential_from_vault(
-    vault: Vault, start_gateway: StartGateway, postgres: ThrowawayPostgres, tmp_path: Path, kind: str
+    vault: Vault, start_gateway: StartGateway, postgres: ThrowawayPostgres, tmp_path: Path, chains: int
 ) -> None:
     write_users(tmp_path / "users.yaml", postgres)
-    users: dict[str, Any] = {"users": {"file": "users.yaml"}}
-    asked = users if kind == "users" else {"chain": [users], "method": "scram-sha-256"}
-    gateway = start_gateway(None, authenticator={**asked, "vault": {"address": vault.address, "token": TOKEN}})
+    asked: dict[str, Any] = {"users": {"file": "users.yaml"}}
+    for _ in range(chains):
+        asked = {"chain": [asked]}
+    lends = {"method": "scram-sha-256", "vault": {"address": vault.address, "token": TOKEN}}
+    gateway = start_gateway(None, authenticator=asked | lends)
     with connected(gateway) as session:
         assert session.execute("select current_user").fetchone() == (next(iter(vault.leases.values())),)
     wait_until_given_back(vault)
