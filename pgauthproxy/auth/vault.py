@@ -139,7 +139,7 @@ class VaultAuthenticator:
 
         policy, context = await asyncio.to_thread(read)
         await self._inner.reload()
-        self._client.replace(policy, context)
+        await self._client.replace(policy, context)
 
     async def close(self) -> None:
         await self._inner.close()

@@ -87,12 +87,14 @@ class VaultClient:
     def start(self) -> None:
         self._session = https.open_session(self._policy.timeout, PARALLEL)
 
-    def replace(self, policy: VaultPolicy, context: ssl.SSLContext) -> None:
+    async def replace(self, policy: VaultPolicy, context: ssl.SSLContext) -> None:
         """From here on, the secrets of this policy. What was lent with an old token may be renewed with the new one."""
-        if policy.token.reveal() != self._policy.token.reveal():
-            self._forget_token()
-        self._policy = policy
-        self._context = context
+        # Not while somebody gets to know the old token.
+        async with self._getting_token:
+            if policy.token.reveal() != self._policy.token.reveal():
+                self._forget_token()
+            self._policy = policy
+            self._context = context
 
     async def close(self) -> None:
         self._forget_token()
