@@ -30,6 +30,8 @@ from pgauthproxy.stages import Accepted
 DESCRIPTORS_FOR_ITSELF: Final = 64
 DESCRIPTORS_OF_A_SESSION: Final = 2
 DESCRIPTORS_OF_AN_AUTHENTICATOR: Final = 10
+RELEASE_SECONDS: Final = 5.0
+"""How long the end waits for what sessions have given back to arrive."""
 LOCAL_CLIENT: Final = "[local]"
 MAPPED_PREFIX: Final = "::ffff:"
 
@@ -198,6 +200,8 @@ class Worker:
         except AuthenticatorConfigError as error:
             for fault in error.faults:
                 self._sink(Noticed("error", "authenticator not loaded, the old one stays", (("reason", fault),)))
+        else:
+            self._sink(Noticed("info", "authenticator loaded anew"))
 
     def _reload_certificates(self) -> None:
         """Reads certificates anew, for connections from here on. What cannot be used leaves the old ones in force."""
@@ -229,6 +233,8 @@ class Worker:
             self._reloading.cancel()
             await asyncio.wait([self._reloading])
         self._gateway.targets.warm.close()
+        if self._gateway.releasing:
+            await asyncio.wait(self._gateway.releasing, timeout=RELEASE_SECONDS)
         await self._gateway.admission.authenticator.close()
         self._sink(Noticed("info", "ended"))
 

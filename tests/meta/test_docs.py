@@ -81,7 +81,7 @@ def test_the_example_of_a_users_file_is_the_file_and_has_no_fault() -> None:
     assert example.decode() in (ROOT / "docs/users.md").read_text()
     # What it refers to is the operator's.
     alone = re.sub(rb"env:\w+", b"secret", example)
-    found, faults = users_file.parse(alone, "scram-sha-256", lambda wishes: None, lambda: None)
+    found, faults = users_file.parse(alone, "scram-sha-256", lambda target: None, lambda: None)
     assert faults == []
     assert found is not None
     assert (len(found.targets), len(found.users)) == (2, 3)

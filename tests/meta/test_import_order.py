@@ -19,6 +19,7 @@ LAYOUT = [
     "auth.command auth.worker_process auth.worker auth.chain auth.cache",
     "auth.typed rehearsal authenticator auth.calls auth.python auth.http_json auth.http",
     "net.sockets net.listen net.dial net.tls",
+    "auth.https auth.keysets auth.jwt auth.directory auth.ldap auth.vault_client auth.vault",
     "gateway.limits gateway.salted_keys gateway.paused",
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel gateway.session",
     "ops.log",

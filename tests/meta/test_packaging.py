@@ -100,7 +100,7 @@ def imported(folder: Path) -> set[str]:
 def required(requirements: list[str]) -> set[str]:
     """The import names of what is required."""
     names = {re.split(r"[\[><=]", requirement)[0] for requirement in requirements}
-    return {{"PyYAML": "yaml"}.get(name, name.replace("-", "_")) for name in names}
+    return {{"PyYAML": "yaml", "PyJWT": "jwt"}.get(name, name.replace("-", "_")) for name in names}
 
 
 def test_what_is_imported_is_required(project: dict[str, Any]) -> None:

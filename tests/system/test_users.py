@@ -22,7 +22,7 @@ from pgauthproxy.proto import scram
 from pgauthproxy.proto.scram import ScramClient, Verifier
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import Gateway, StartGateway, WriteAuthenticator
-from tests.system.conftest import Run, assert_one_clear_line, wait_until
+from tests.system.conftest import NOT_LOADED, Run, assert_one_clear_line, wait_until
 from tests.tls import HOST, Authority, Identity
 from tests.wire import RawClient, message, password, startup
 
@@ -31,7 +31,6 @@ SCRAM = Verifier.of(SECRET.encode(), b"sixteen bytes of", 4096).text().decode()
 MD5 = md5_password(SECRET.encode(), b"alice").decode()
 REFUSED = 'password authentication failed for user "{}"'
 LOADED = "users loaded"
-NOT_LOADED = "authenticator not loaded, the old one stays"
 
 Content = dict[str, Any]
 
