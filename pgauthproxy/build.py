@@ -23,6 +23,7 @@ from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.paused import PausedClients
+from pgauthproxy.gateway.rules import SessionRules
 from pgauthproxy.gateway.session import Gateway
 from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
@@ -245,6 +246,7 @@ def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) 
         targets=targets,
         paused=PausedClients(targets.buffer),
         limits=Limits(settings.max_clients, settings.max_logins),
+        rules=SessionRules(settings.max_session_seconds, settings.idle_timeout, settings.idle_in_transaction_timeout),
         login_timeout=settings.login_timeout,
         cancel_timeout=settings.cancel_timeout,
         close_timeout=settings.close_timeout,

@@ -17,6 +17,8 @@ class CloseReason(StrEnum):
     TARGET_CLOSED = "target closed"
     TARGET_LOST = "target connection lost"
     TIME_LIMIT = "time limit reached"
+    IDLE = "idle timeout reached"
+    IDLE_IN_TRANSACTION = "idle-in-transaction timeout reached"
     SHUTDOWN = "gateway shut down"
 
 

@@ -229,6 +229,15 @@ class Settings(_Settings, frozen=True):
     """For passing on a cancel request."""
     drain_timeout: NotNegative = 30.0
     """How long sessions may go on after SIGTERM or SIGINT."""
+    max_session_seconds: NotNegative = 0.0
+    """How long a session may live; then it ends with 57P01. 0: for ever. An authenticator may give a session less
+    (`_META_SESSION_SECONDS`), not more. docs/sessions.md has more on this and the next two."""
+    idle_timeout: NotNegative = 0.0
+    """How long a session may idle outside a transaction; then it ends with 57P05. 0: for ever. The authenticator's word
+    goes before (`_META_IDLE_TIMEOUT`)."""
+    idle_in_transaction_timeout: NotNegative = 0.0
+    """How long a session may idle in a transaction; then it ends with 25P03. 0: for ever. The authenticator's word goes
+    before (`_META_IDLE_IN_TRANSACTION_TIMEOUT`)."""
     close_timeout: Positive = 60.0
     """How long a closing side may take to accept the last bytes that it is owed."""
     buffer_size: Annotated[int, Meta(ge=1024, le=1 << 24)] = 65_536

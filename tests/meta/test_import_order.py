@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
     "errors secret private_file stages events",
-    "_wire _digest _tls _relay _spawn",
+    "_wire _digest _tls _observe _relay _spawn",
     "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_tls proto.target_login",
     "auth.model auth.fields auth.references auth.targets",
     "auth.yaml_lines auth.networks auth.certificates auth.users_file auth.users_edit auth.users",
     "auth.command auth.worker_process auth.worker auth.chain auth.cache",
     "net.sockets net.listen net.dial net.tls",
-    "gateway.limits gateway.salted_keys gateway.paused",
+    "gateway.limits gateway.rules gateway.salted_keys gateway.paused",
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel gateway.session",
     "ops.log",
     "config.schema config.load config.reference",

@@ -139,6 +139,19 @@ def canceled(port: int) -> None:
                 assert canceller.read_to_end() == b""
 
 
+def ended_by_a_rule(port: int) -> None:
+    with RawClient(port) as client:
+        client.log_in(user="idler")
+        assert client.read_fatal()[0] == "57P05"
+
+
+def gone_before_a_rule_ends_it(port: int) -> None:
+    with RawClient(port) as client:
+        client.log_in(user="lazy")
+        client.send(query("select 1"))
+        client.read_until(b"Z")
+
+
 KINDS: dict[str, tuple[Callable[[int], None], ...]] = {
     "that log in": (normal, scram),
     "that are refused": (refused, denied, malformed, nonsense),
@@ -150,6 +163,7 @@ KINDS: dict[str, tuple[Callable[[int], None], ...]] = {
         aborted_in_an_answer,
     ),
     "that are canceled": (canceled,),
+    "that rules concern": (ended_by_a_rule, gone_before_a_rule_ends_it),
 }
 
 
@@ -166,6 +180,8 @@ def left_by(tmp_path: Path, postgres: ThrowawayPostgres) -> Callable[..., Left]:
         "user=unwelcome) role=clear ;;\n"
         "user=scrammed) role=scrammed ;;\n"
         "user=nonsense) exit 0 ;;\n"
+        "user=idler) echo _META_IDLE_TIMEOUT=0.01 ;;\n"
+        "user=lazy) echo _META_IDLE_TIMEOUT=600 ;;\n"
         "esac; done\n"
         'echo "_META_TARGET_HOST=127.0.0.1:$port"; echo "user=$role"; echo database=postgres\n'
         'echo "_META_TARGET_CRED=scram secret"\n'
