@@ -22,7 +22,19 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from peers import DATABASE, HERE, PASSWORD, USER, Bench, Peer, Recipe, latenesses_file, stalled_gateway
+from peers import (
+    DATABASE,
+    HERE,
+    PASSWORD,
+    USER,
+    Bench,
+    Peer,
+    Recipe,
+    auditing_gateway,
+    latenesses_file,
+    ruled_gateway,
+    stalled_gateway,
+)
 from processes import (
     END_SECONDS,
     MeasurementFailed,
@@ -122,6 +134,11 @@ def trivial_script(bench: Bench) -> Path:
 def transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
     """Small prepared queries, as fast as they go."""
     return _pgbench(bench, peer, clients, ["-S", "-M", "prepared"], f"tps_{clients}", f"cpu_transaction_{clients}")
+
+
+def simple_transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
+    """The same by the simple protocol: the SQL of each goes over the wire."""
+    return _pgbench(bench, peer, clients, ["-S"], f"simple_tps_{clients}", f"simple_cpu_{clients}")
 
 
 def _pgbench(
@@ -369,6 +386,20 @@ def percentile(ordered: list[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1]
 
 
+# --- Rules and audited statements -------------------------------------------------------------------------
+
+
+def with_more(name: str, take: Take, recipe: Recipe) -> Measurement:
+    """The same measurement of our gateway with more to do, with figures of its own."""
+    what = name.partition("-")[0]
+
+    def taken(bench: Bench, peer: Peer) -> Iterator[Reading]:
+        for one in take(bench, peer):
+            yield Reading(f"{what}_{one.figure}", one.value)
+
+    return Measurement(name, taken, our_gateway, recipe)
+
+
 # --- Over TLS -----------------------------------------------------------------------------------------------
 
 
@@ -390,6 +421,11 @@ def over_tls(name: str, take: Take, applies_to: Callable[[str], bool] = every_tl
 MEASUREMENTS = (
     Measurement("pgbench-1", partial(transactions, clients=1)),
     Measurement("pgbench-16", partial(transactions, clients=16)),
+    with_more("rules-pgbench-16", partial(transactions, clients=16), ruled_gateway),
+    with_more("rules-copy-out", copy_out, ruled_gateway),
+    with_more("statements-pgbench-16", partial(transactions, clients=16), auditing_gateway),
+    with_more("statements-simple-16", partial(simple_transactions, clients=16), auditing_gateway),
+    Measurement("simple-16", partial(simple_transactions, clients=16), our_gateway),
     Measurement("copy-out", copy_out),
     Measurement("copy-in", copy_in),
     Measurement("logins-1", partial(logins, clients=1)),

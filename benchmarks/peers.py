@@ -319,12 +319,15 @@ def _tls_part(template: str, bench: Bench) -> str:
 
 
 @contextlib.contextmanager
-def gateway(bench: Bench, *, name: str, command: Sequence[str]) -> Iterator[Peer]:
-    """Any program that takes `--config FILE` with the gateway's YAML."""
+def gateway(bench: Bench, *, name: str, command: Sequence[str], more: str = "") -> Iterator[Peer]:
+    """Any program that takes `--config FILE` with the gateway's YAML.
+
+    `more` is added to that; `{folder}` in it is the bench's.
+    """
     port = free_port()
     configuration = bench.folder / f"{name}.yaml"
     text = GATEWAY_CONFIGURATION.format(host=LOOPBACK, port=port, authenticator=bench.authenticator, most=MAX_SESSIONS)
-    configuration.write_text(text + _tls_part(GATEWAY_TLS, bench))
+    configuration.write_text(text + _tls_part(GATEWAY_TLS, bench) + more.format(folder=bench.folder))
     with running([*command, "--config", str(configuration)], log_of(bench, name), env=package_environment()) as process:
         wait_for_port(port, process, name)
         yield Peer(name, port, process)
@@ -343,6 +346,14 @@ def package_environment() -> dict[str, str]:
         paths = [str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     return environment
+
+
+# Rules that nobody breaks.
+RULES = "idle_timeout: 3600\nidle_in_transaction_timeout: 3600\n"
+STATEMENTS = "audit: {{file: {folder}/audit.log, statements: true}}\n"
+
+ruled_gateway = partial(gateway, name="gateway", command=OUR_GATEWAY, more=RULES)
+auditing_gateway = partial(gateway, name="gateway", command=OUR_GATEWAY, more=STATEMENTS)
 
 
 def latenesses_file(bench: Bench) -> Path:

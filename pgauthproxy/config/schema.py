@@ -207,6 +207,20 @@ class LogSettings(_Settings, frozen=True):
     """The least that is written."""
 
 
+class AuditSettings(_Settings, frozen=True):
+    """A log that is neither filtered nor capped (docs/audit.md)."""
+
+    file: str = ""
+    """Where it goes: a file's path, `stdout`, `syslog`, or `syslog:/path` of another socket. Without it there is none.
+    A file is made with mode 0600 and opened anew on SIGHUP."""
+    required: bool = False
+    """Whether logins are refused (57P03) while it cannot be written. Otherwise lines are lost, and counted."""
+    statements: bool = False
+    """Whether it has the SQL of clients' Query and Parse messages, with whatever stands in that."""
+    max_statement: BoundedBytes = 65_536
+    """Bytes of a statement; longer ones are cut."""
+
+
 class Settings(_Settings, frozen=True):
     """All settings."""
 
@@ -218,6 +232,7 @@ class Settings(_Settings, frozen=True):
     target: TargetSettings = TargetSettings()
     tcp: TcpSettings = TcpSettings()
     log: LogSettings = LogSettings()
+    audit: AuditSettings = AuditSettings()
     max_clients: Count = 10_000
     """Clients at once; more are refused with 53300. Lowered at start to what descriptors allow."""
     max_logins: Count = 512
@@ -327,6 +342,9 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield "tls.cert, tls.key: need each other"
     if settings.tls.client_cert != "none" and not settings.tls.client_ca:
         yield f"tls.client_cert: {settings.tls.client_cert} needs tls.client_ca"
+    for name in ("required", "statements"):
+        if getattr(settings.audit, name) and not settings.audit.file:
+            yield f"audit.{name}: needs audit.file"
     yield from _authenticator_conflicts(settings.authenticator, "authenticator")
     if settings.method == "cert" and (settings.tls_mode == "disable" or settings.tls.client_cert == "none"):
         yield "authenticator.method: cert needs TLS, and tls.client_cert optional or require"

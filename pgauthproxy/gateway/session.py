@@ -5,6 +5,7 @@ coroutine and no task lives on. Step 9 is `_close`, the one door out of a sessio
 """
 
 import asyncio
+import functools
 import socket
 import time
 from collections.abc import Callable
@@ -36,6 +37,14 @@ from pgauthproxy.proto.steps import TlsPlan, TlsSide
 from pgauthproxy.stages import Accepted, Address, Attached, Started
 
 
+@dataclass(frozen=True, slots=True)
+class Statements:
+    """Who is told the SQL that clients send: `record(session, is_prepared, text, size)`, at most `max_bytes` of it."""
+
+    record: Callable[[str, bool, bytes, int], object]
+    max_bytes: int
+
+
 @dataclass(slots=True)
 class Gateway:
     """What all sessions of a process share. Times in seconds."""
@@ -50,6 +59,9 @@ class Gateway:
     close_timeout: float
     sink: Sink
     paused: PausedClients
+    check_logins: Callable[[], object] | None = None
+    """Raises GatewayFault if nobody may log in at the moment."""
+    statements: Statements | None = None
     keys: CancelKeys = field(default_factory=CancelKeys)
     sessions: "set[Session]" = field(default_factory=set)
     draining: bool = False
@@ -183,6 +195,8 @@ class Session:
         started = self._started = Started(accepted, wanted.parameters, wanted.encryption)
         gateway.limits.begin_client()
         self._is_client = True
+        if gateway.check_logins is not None:
+            gateway.check_logins()
 
         granted = await gateway.admission.admit(started, client, self._client_left)
         attached, target = await gateway.targets.attach(granted)
@@ -191,7 +205,6 @@ class Session:
         except BaseException:
             target.abort()
             raise
-        gateway.sink(LoggedIn(attached, time.monotonic() - self._began))
         return True
 
     def _client_left(self) -> None:
@@ -215,23 +228,33 @@ class Session:
         gateway = self._gateway
         client_transport, client_rest, client_at_eof = client.hand_over()
         target_transport, target_rest, target_at_eof = target.hand_over()
+        # Before the client is told, so that a login that must be recorded first can still be refused.
+        gateway.sink(LoggedIn(attached, time.monotonic() - self._began))
         self._cancel_timer()
         self.reached, self.reached_tls = attached.reached, target.plan
         self.target_key = attached.greeting.key
         rules = gateway.rules.for_mapping(attached.granted.mapping)
-        observer = Observer() if rules.limit_idling else None
+        observer = self._observer(rules)
         self._client_end = self._end(client_transport, client, observer, faces_target=False)
-        self._target_end = self._end(target_transport, target, observer, faces_target=True)
+        watched = observer if rules.limit_idling else None
+        self._target_end = self._end(target_transport, target, watched, faces_target=True)
         self._client_end.send(client_login.welcome(attached, gateway.keys.issue(self, minor)))
         _relay.join(self._client_end, self._target_end)
         self._target_end.start(target_rest, target_at_eof)
         self._client_end.start(client_rest, client_at_eof)
         if rules.limit_anything:
-            self._watch = Watch(rules, time.monotonic(), observer)
+            self._watch = Watch(rules, time.monotonic(), watched)
             self._keep_watch()
         # What belongs to the login alone is not kept for the session's life.
         self._client = None
         self._started = None
+
+    def _observer(self, rules: SessionRules) -> Observer | None:
+        """Who follows this session, if anybody has to."""
+        statements = self._gateway.statements
+        if statements is not None:
+            return Observer(functools.partial(statements.record, self.id), statements.max_bytes)
+        return Observer() if rules.limit_idling else None
 
     def _end(
         self, transport: asyncio.Transport, leg: ClientLeg | TargetLeg, observer: Observer | None, *, faces_target: bool

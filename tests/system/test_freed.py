@@ -188,10 +188,10 @@ def left_by(tmp_path: Path, postgres: ThrowawayPostgres) -> Callable[..., Left]:
     )
     script.chmod(0o755)
 
-    def run(kinds: tuple[Callable[[int], None], ...], sessions: int) -> Left:
+    def run(kinds: tuple[Callable[[int], None], ...], sessions: int, **settings: object) -> Left:
         config, log, counted = (tmp_path / f"{sessions}.{name}" for name in ("yaml", "log", "counted"))
         authenticator = {"cmd": str(script), "max_parallel": MAX_PARALLEL}
-        content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": authenticator}
+        content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": authenticator, **settings}
         config.write_text(yaml.safe_dump(content))
         flags = ["--config", str(config), "--log-format", "json"]
         with log.open("wb") as output:
@@ -222,5 +222,13 @@ def left_by(tmp_path: Path, postgres: ThrowawayPostgres) -> Callable[..., Left]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_sessions_leave_nothing_for_the_collector(left_by: Callable[..., Left], kind: str) -> None:
     few, many = left_by(KINDS[kind], FEW), left_by(KINDS[kind], MANY)
+    assert many.unreachable <= few.unreachable + STRAY
+    assert many.alive <= few.alive + STRAY
+
+
+def test_audited_sessions_leave_nothing_for_the_collector(left_by: Callable[..., Left]) -> None:
+    kinds = (*KINDS["that log in"], *KINDS["that are refused"])
+    audited = {"audit": {"file": "/dev/null", "required": True, "statements": True}}
+    few, many = left_by(kinds, FEW, **audited), left_by(kinds, MANY, **audited)
     assert many.unreachable <= few.unreachable + STRAY
     assert many.alive <= few.alive + STRAY
