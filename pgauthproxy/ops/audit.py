@@ -77,7 +77,8 @@ class AuditSink:
         self._has_complained = False
         """Whether that was said."""
         self._complained_at = -COMPLAIN_SECONDS
-        self._flushing: asyncio.Handle | None = None
+        self._flush_planned = False
+        self._retry: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
         """Raises OSError."""
@@ -122,9 +123,6 @@ class AuditSink:
 
     def flush(self) -> None:
         """Writes what waits, as far as it is taken."""
-        if self._flushing is not None:
-            self._flushing.cancel()
-            self._flushing = None
         while self._waiting or self._lost:
             if not self._waiting:
                 self._note_loss()
@@ -234,6 +232,8 @@ class AuditSink:
 
     def _unwritten(self) -> list[bytes]:
         """What waits, as much as is worth offering."""
+        if not self._begun and self._waiting_bytes <= self._outlet.at_once:
+            return [entry.text for entry in self._waiting]
         texts = [self._waiting[0].text[self._begun :]]
         size = len(texts[0])
         for entry in itertools.islice(self._waiting, 1, None):
@@ -245,6 +245,10 @@ class AuditSink:
 
     def _took(self, taken: int) -> None:
         taken += self._begun
+        if taken == self._waiting_bytes:
+            self._waiting.clear()
+            self._waiting_bytes = self._begun = 0
+            return
         while self._waiting and taken >= len(self._waiting[0].text):
             size = len(self._waiting.popleft().text)
             taken -= size
@@ -275,16 +279,27 @@ class AuditSink:
 
     def _flush_soon(self) -> None:
         """Writes in this turn of the loop, with whatever else it brings."""
-        if self._waiting and self._flushing is None:
-            self._flushing = asyncio.get_running_loop().call_soon(self.flush)
+        if self._waiting and not self._flush_planned and self._retry is None:
+            self._flush_planned = True
+            asyncio.get_running_loop().call_soon(self._flush_as_planned)
+
+    def _flush_as_planned(self) -> None:
+        self._flush_planned = False
+        self.flush()
 
     def _flush_later(self) -> None:
+        if self._retry is not None:
+            return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             # Before or after the loop's life: the next line tries again.
             return
-        self._flushing = loop.call_later(RETRY_SECONDS, self.flush)
+        self._retry = loop.call_later(RETRY_SECONDS, self._try_again)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self.flush()
 
 
 def _without_half_a_character(text: bytes) -> str:
