@@ -138,7 +138,9 @@ class AuditSink:
                     self._lose_all(error)
                     return
                 # One that is too long for a message of the system's logger: the others need not go with it.
-                self._lose(self._waiting.popleft())
+                entry = self._waiting.popleft()
+                self._waiting_bytes -= len(entry.text)
+                self._lose(entry)
             else:
                 self._took(taken)
         self._trouble = ""
