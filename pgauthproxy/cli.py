@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from pgauthproxy import trial, worker
 from pgauthproxy._digest import md5_password
@@ -151,7 +152,11 @@ def _shown(key: schema.Key, value: Any) -> str:
         return "true" if value else "false"
     if key.path == "authenticator.chain":
         return ", ".join(link.decided_kind or "nothing" for link in value)
-    return ", ".join(value) if isinstance(value, list | dict) else f"{value}"
+    if isinstance(value, dict):
+        return ", ".join(value)
+    if isinstance(value, list):
+        return ", ".join(item if isinstance(item, str) else msgspec.json.encode(item).decode() for item in value)
+    return f"{value}"
 
 
 @_command.command()

@@ -34,7 +34,7 @@ from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.startup import CancelRequest
 from pgauthproxy.proto.steps import TlsPlan, TlsSide
-from pgauthproxy.stages import Accepted, Address, Attached, Started
+from pgauthproxy.stages import Accepted, Address, Attached, Lease, Started
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,15 @@ class Gateway:
     keys: CancelKeys = field(default_factory=CancelKeys)
     sessions: "set[Session]" = field(default_factory=set)
     draining: bool = False
+    releasing: set[asyncio.Task[None]] = field(default_factory=set)
+    """What sessions give back, on its way."""
     idle: Callable[[], None] | None = None
     """Called whenever the last session is over."""
+
+    def give_back(self, lease: Lease) -> None:
+        task = asyncio.get_running_loop().create_task(lease.release())
+        self.releasing.add(task)
+        task.add_done_callback(self.releasing.discard)
 
 
 NOWHERE: Final = Address("", 0)
@@ -89,6 +96,7 @@ class Session:
         "_ends_lost",
         "_gateway",
         "_is_client",
+        "_lease",
         "_number",
         "_reason",
         "_started",
@@ -122,6 +130,7 @@ class Session:
         self._detail = ""
         self._ends_lost = 0
         self._is_client = False
+        self._lease: Lease | None = None
         self.cancel_key = b""
         self.cancelling = False
         self.target_key = b""
@@ -199,6 +208,7 @@ class Session:
             gateway.check_logins()
 
         granted = await gateway.admission.admit(started, client, self._client_left)
+        self._lease = granted.mapping.lease
         attached, target = await gateway.targets.attach(granted)
         try:
             self._attach(client, target, attached, wanted.minor)
@@ -248,6 +258,11 @@ class Session:
         # What belongs to the login alone is not kept for the session's life.
         self._client = None
         self._started = None
+        if self._lease is not None:
+            self._lease.watch(self._lease_ended)
+
+    def _lease_ended(self) -> None:
+        self.end(CloseReason.LEASE_ENDED, b"terminating connection: the lease of its credential has ended")
 
     def _observer(self, rules: SessionRules) -> Observer | None:
         """Who follows this session, if anybody has to."""
@@ -340,6 +355,9 @@ class Session:
         self._client = None
         self._cause = None
         gateway = self._gateway
+        if self._lease is not None:
+            gateway.give_back(self._lease)
+            self._lease = None
         if self._is_client:
             gateway.limits.end_client()
         gateway.sessions.discard(self)
