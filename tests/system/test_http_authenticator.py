@@ -810,7 +810,7 @@ def test_a_reload_reads_the_authorities_anew(
             if number:
                 (authority if known else other).cert_pem.write_to_path(ca_file)
                 gateway.process.send_signal(signal.SIGHUP)
-                gateway.wait_for("authenticator loaded anew", number)
+                gateway.wait_for("authenticator loaded anew", number, url=service.url)
             if known:
                 assert_serves(gateway.port)
             else:
