@@ -23,7 +23,19 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from kinds import four_workers, kind_peers, tls_target_peers
-from peers import DATABASE, HERE, LOGIN_ROLES, PASSWORD, Bench, Peer, Recipe, latenesses_file, stalled_gateway
+from peers import (
+    DATABASE,
+    HERE,
+    LOGIN_ROLES,
+    PASSWORD,
+    Bench,
+    Peer,
+    Recipe,
+    auditing_gateway,
+    latenesses_file,
+    ruled_gateway,
+    stalled_gateway,
+)
 from processes import (
     END_SECONDS,
     MeasurementFailed,
@@ -137,6 +149,11 @@ def trivial_script(bench: Bench) -> Path:
 def transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
     """Small prepared queries, as fast as they go."""
     return _pgbench(bench, peer, clients, ["-S", "-M", "prepared"], f"tps_{clients}", f"cpu_transaction_{clients}")
+
+
+def simple_transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
+    """The same by the simple protocol: the SQL of each goes over the wire."""
+    return _pgbench(bench, peer, clients, ["-S"], f"simple_tps_{clients}", f"simple_cpu_{clients}")
 
 
 def _pgbench(
@@ -416,6 +433,20 @@ def percentile(ordered: list[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1]
 
 
+# --- Rules and audited statements -------------------------------------------------------------------------
+
+
+def with_more(name: str, take: Take, recipe: Recipe) -> Measurement:
+    """The same measurement of our gateway with more to do, with figures of its own."""
+    what = name.partition("-")[0]
+
+    def taken(bench: Bench, peer: Peer) -> Iterator[Reading]:
+        for one in take(bench, peer):
+            yield Reading(f"{what}_{one.figure}", one.value)
+
+    return Measurement(name, taken, our_gateway, recipe)
+
+
 # --- Over TLS -----------------------------------------------------------------------------------------------
 
 
@@ -442,6 +473,11 @@ def of_kinds(method: str) -> Measurement:
 MEASUREMENTS = (
     Measurement("pgbench-1", partial(transactions, clients=1)),
     Measurement("pgbench-16", partial(transactions, clients=16)),
+    with_more("rules-pgbench-16", partial(transactions, clients=16), ruled_gateway),
+    with_more("rules-copy-out", copy_out, ruled_gateway),
+    with_more("statements-pgbench-16", partial(transactions, clients=16), auditing_gateway),
+    with_more("statements-simple-16", partial(simple_transactions, clients=16), auditing_gateway),
+    Measurement("simple-16", partial(simple_transactions, clients=16), our_gateway),
     Measurement("copy-out", copy_out),
     Measurement("copy-in", copy_in),
     Measurement("logins-1", partial(logins, clients=1)),

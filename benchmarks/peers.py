@@ -347,9 +347,10 @@ def _tls_part(template: str, bench: Bench) -> str:
 
 
 @contextlib.contextmanager
-def gateway(bench: Bench, *, name: str, command: Sequence[str]) -> Iterator[Peer]:
-    """Any program that takes `--config FILE` with the gateway's YAML."""
-    with configured_gateway(bench, name, command, GATEWAY_CONFIGURATION + _tls_part(GATEWAY_TLS, bench)) as peer:
+def gateway(bench: Bench, *, name: str, command: Sequence[str], more: str = "") -> Iterator[Peer]:
+    """Any program that takes `--config FILE` with the gateway's YAML; `more` of that is a template."""
+    template = GATEWAY_CONFIGURATION + _tls_part(GATEWAY_TLS, bench) + more
+    with configured_gateway(bench, name, command, template) as peer:
         yield peer
 
 
@@ -389,6 +390,14 @@ def package_environment() -> dict[str, str]:
         paths = [str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     return environment
+
+
+# Rules that nobody breaks.
+RULES = "idle_timeout: 3600\nidle_in_transaction_timeout: 3600\n"
+STATEMENTS = "audit: {{file: {folder}/audit.log, statements: true}}\n"
+
+ruled_gateway = partial(gateway, name="gateway", command=OUR_GATEWAY, more=RULES)
+auditing_gateway = partial(gateway, name="gateway", command=OUR_GATEWAY, more=STATEMENTS)
 
 
 def latenesses_file(bench: Bench) -> Path:

@@ -202,6 +202,8 @@ def mapping_lines(mapping: Mapping, request: Request) -> bytes:
         "_META_TARGET_TLS_NAME": mapping.tls_name,
         "_META_SOURCE_VERIFIER": mapping.verifier,
         "_META_SESSION_SECONDS": mapping.session_seconds,
+        "_META_IDLE_TIMEOUT": mapping.idle_timeout,
+        "_META_IDLE_IN_TRANSACTION_TIMEOUT": mapping.idle_in_transaction_timeout,
         "_META_CACHE_SECONDS": mapping.cache_seconds,
         "user": mapping.user,
         "database": mapping.database or request.database,

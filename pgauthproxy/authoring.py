@@ -193,7 +193,8 @@ class Mapping:
     - `tls`: the mode, in libpq's words; with `tls_ca`, `tls_cert`, `tls_key`, `tls_negotiation`, `tls_name`. What is
       not given is as in the gateway's configuration.
     - `verifier`: what the client must prove to know; method scram-sha-256 needs one.
-    - `session_seconds`: how long the session may live. `cache_seconds`: how long this answer may be used again.
+    - `session_seconds`: how long the session may live. `idle_timeout`, `idle_in_transaction_timeout`: how long it may
+      idle, zero for no limit. `cache_seconds`: how long this answer may be used again.
 
     Raises ValueError, which names the field and not its value.
     """
@@ -203,6 +204,8 @@ class Mapping:
         "credential_from_client",
         "database",
         "host",
+        "idle_in_transaction_timeout",
+        "idle_timeout",
         "md5_hash",
         "parameters",
         "password",
@@ -235,6 +238,8 @@ class Mapping:
         tls_name: str | None = None,
         verifier: str | bytes | None = None,
         session_seconds: float | None = None,
+        idle_timeout: float | None = None,
+        idle_in_transaction_timeout: float | None = None,
         cache_seconds: float | None = None,
     ) -> None:
         self.host = _needed("host", host if isinstance(host, str) else ",".join(host))
@@ -254,6 +259,10 @@ class Mapping:
         self.tls_name = _optional("tls_name", tls_name)
         self.verifier = _optional("verifier", verifier)
         self.session_seconds = _seconds("session_seconds", session_seconds)
+        self.idle_timeout = _seconds("idle_timeout", idle_timeout, or_zero=True)
+        self.idle_in_transaction_timeout = _seconds(
+            "idle_in_transaction_timeout", idle_in_transaction_timeout, or_zero=True
+        )
         self.cache_seconds = _seconds("cache_seconds", cache_seconds, or_zero=True)
         if self.md5_hash is not None and not _is_md5(self.md5_hash.encode(errors="surrogateescape")):
             raise FieldError("md5_hash: not md5 and 32 hex digits")

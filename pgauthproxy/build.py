@@ -27,11 +27,14 @@ from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.paused import PausedClients
-from pgauthproxy.gateway.session import Gateway
+from pgauthproxy.gateway.rules import SessionRules
+from pgauthproxy.gateway.session import Gateway, Statements
 from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
 from pgauthproxy.net.listen import ListenError, parse_listen
 from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of, resolve
+from pgauthproxy.ops import outlets
+from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.proto import client_login
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.secret import Secret
@@ -377,20 +380,38 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
         check_target_tls(settings)
     except TlsConfigError as error:
         faults.append(f"target.tls: {error}")
+    if settings.audit.file and (fault := outlets.fault_of(settings.audit.file)):
+        faults.append(f"audit.file: {fault}")
     return authenticator, faults
 
 
-def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) -> Gateway:
+def build_audit(settings: Settings, complain: Sink) -> AuditSink | None:
+    """The audit log, not opened yet; None if there is to be none."""
+    audit = settings.audit
+    if not audit.file:
+        return None
+    return AuditSink(outlets.outlet_of(audit.file), audit.file, required=audit.required, complain=complain)
+
+
+def build_gateway(
+    settings: Settings, authenticator: Authenticator, sink: Sink, audit: AuditSink | None = None
+) -> Gateway:
     """A gateway that serves nobody yet. Raises TlsConfigError."""
     targets = build_targets(settings)
+    statements = None
+    if audit is not None and settings.audit.statements:
+        statements = Statements(audit.statement, settings.audit.max_statement)
     return Gateway(
         admission=build_admission(settings, authenticator),
         client_tls=build_client_tls(settings),
         targets=targets,
         paused=PausedClients(targets.buffer),
         limits=Limits(settings.max_clients, settings.max_logins),
+        rules=SessionRules(settings.max_session_seconds, settings.idle_timeout, settings.idle_in_transaction_timeout),
         login_timeout=settings.login_timeout,
         cancel_timeout=settings.cancel_timeout,
         close_timeout=settings.close_timeout,
         sink=sink,
+        check_logins=None if audit is None else audit.check,
+        statements=statements,
     )

@@ -13,10 +13,10 @@ import msgspec
 from pgauthproxy import trial, worker
 from pgauthproxy._digest import md5_password
 from pgauthproxy.auth.model import AuthenticatorConfigError
-from pgauthproxy.build import examine
+from pgauthproxy.build import build_audit, examine
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
-from pgauthproxy.events import Event, Noticed
+from pgauthproxy.events import Event, Noticed, to_all
 from pgauthproxy.net import listen
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.proto import scram
@@ -90,22 +90,32 @@ def _command(context: click.Context, /, **flags: Any) -> None:
 
 def _serve(loaded: Loaded) -> None:
     settings = loaded.settings
-    sink = LogSink(settings.log.format, settings.log.level)
-    authenticator, faults = examine(settings, sink)
+    log = LogSink(settings.log.format, settings.log.level)
+    authenticator, faults = examine(settings, log)
     if authenticator is None or faults:
         fail(*faults)
     for warning in loaded.warnings:
-        sink(Noticed("warning", warning))
+        log(Noticed("warning", warning))
     try:
         listening = worker.open_listeners(settings)
     except listen.ListenError as error:
         fail(str(error))
+    audit = build_audit(settings, log)
+    if audit is not None:
+        try:
+            audit.open()
+        except OSError as error:
+            fail(f"audit.file: {settings.audit.file}: {error.strerror}")
     try:
-        worker.serve(settings, authenticator, listening, sink)
+        # The audit log goes first: what it refuses has not happened.
+        sink = log if audit is None else to_all(audit, log)
+        worker.serve(settings, authenticator, listening, sink, audit)
     except AuthenticatorConfigError as error:
         fail(*error.faults)
     finally:
-        sink.flush()
+        if audit is not None:
+            audit.close()
+        log.flush()
 
 
 @_command.command()

@@ -156,10 +156,11 @@ class Mapping(msgspec.Struct, frozen=True):
 
     `hosts` are tried in order. `verifier` is what the client must prove to know, in the form of pg_authid, if the
     gateway is to compare. `tls` holds those fields of a TargetTls that are not to be as the configuration has them.
-    `session_seconds` bounds the session's life, None for no bound. `warm` is how many connections to the target should
-    stand open before they are needed, None for what the configuration says. `cache_seconds` is how long the same answer
-    holds for the same question, None for not at all, and zero empties the cache. `lease` is what the credential was
-    lent with.
+    `session_seconds` bounds the session's life, None for no bound. `idle_timeout` and `idle_in_transaction_timeout`
+    bound how long it may idle, zero for no bound, None for what the configuration says. `warm` is how many connections
+    to the target should stand open before they are needed, None for what the configuration says. `cache_seconds` is how
+    long the same answer holds for the same question, None for not at all, and zero empties the cache. `lease` is what
+    the credential was lent with.
     """
 
     hosts: tuple[Address, ...]
@@ -168,6 +169,8 @@ class Mapping(msgspec.Struct, frozen=True):
     verifier: Secret | None = None
     tls: tuple[tuple[str, str], ...] = ()
     session_seconds: float | None = None
+    idle_timeout: float | None = None
+    idle_in_transaction_timeout: float | None = None
     warm: int | None = None
     cache_seconds: float | None = None
     lease: Lease | None = None

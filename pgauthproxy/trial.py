@@ -109,7 +109,7 @@ def _describe(mapping: Answer) -> Sequence[str]:
     if mapping.verifier is not None:
         lines.append(f"verifier: {HIDDEN}")
     lines += [f"tls.{name}={value}" for name, value in mapping.tls]
-    for name in ("session_seconds", "cache_seconds", "warm"):
+    for name in ("session_seconds", "idle_timeout", "idle_in_transaction_timeout", "cache_seconds", "warm"):
         if (value := getattr(mapping, name)) is not None:
             lines.append(f"{name}={value:g}")
     return lines

@@ -18,12 +18,13 @@ from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
 from pgauthproxy.build import build_client_tls, build_gateway, check_target_tls, tcp_options
 from pgauthproxy.config.schema import AuthenticatorSettings, Settings
 from pgauthproxy.errors import GatewayFault
-from pgauthproxy.events import CloseReason, Noticed, Refused, Sink
+from pgauthproxy.events import CloseReason, Noticed, Refused, Reloaded, Reloading, Sink
 from pgauthproxy.gateway.session import Gateway, Session, shutting_down
 from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
 from pgauthproxy.net.listen import Listener
 from pgauthproxy.net.tls import TlsConfigError
+from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.proto import messages
 from pgauthproxy.stages import Accepted
 
@@ -53,11 +54,17 @@ def open_listeners(settings: Settings) -> list[socket.socket]:
     return opened
 
 
-def serve(settings: Settings, authenticator: Authenticator, listening: list[socket.socket], sink: Sink) -> None:
+def serve(
+    settings: Settings,
+    authenticator: Authenticator,
+    listening: list[socket.socket],
+    sink: Sink,
+    audit: AuditSink | None = None,
+) -> None:
     """Runs until a signal ends it. Raises AuthenticatorConfigError if it cannot begin to."""
     # What libraries tell their developers, of a certificate that a peer shows say, is nothing for the log.
     warnings.simplefilter("ignore")
-    uvloop.run(Worker(prepare_process(settings, sink), authenticator, sink).run(listening))
+    uvloop.run(Worker(prepare_process(settings, sink), authenticator, sink, audit).run(listening))
 
 
 def prepare_process(settings: Settings, sink: Sink) -> Settings:
@@ -110,10 +117,12 @@ def _fill_standard_descriptors() -> None:
 class Worker:
     """States, in order: starting, serving, draining (first signal), ended."""
 
-    def __init__(self, settings: Settings, authenticator: Authenticator, sink: Sink) -> None:
+    def __init__(
+        self, settings: Settings, authenticator: Authenticator, sink: Sink, audit: AuditSink | None = None
+    ) -> None:
         self._settings = settings
         self._sink = sink
-        self._gateway: Gateway = build_gateway(settings, authenticator, sink)
+        self._gateway: Gateway = build_gateway(settings, authenticator, sink, audit)
         self._listeners: list[Listener] = []
         self._sessions_begun = 0
         self._signals = 0
@@ -180,6 +189,7 @@ class Worker:
 
     def _reload(self) -> None:
         """Reads everything anew that can be; one after the other, however often it is asked for."""
+        self._sink(Reloading())
         self._reload_certificates()
         self._reload_again = self._reloading is not None
         if self._reloading is None:
@@ -200,8 +210,10 @@ class Worker:
         except AuthenticatorConfigError as error:
             for fault in error.faults:
                 self._sink(Noticed("error", "authenticator not loaded, the old one stays", (("reason", fault),)))
+            self._sink(Reloaded("authenticator", error.faults))
         else:
             self._sink(Noticed("info", "authenticator loaded anew"))
+            self._sink(Reloaded("authenticator"))
 
     def _reload_certificates(self) -> None:
         """Reads certificates anew, for connections from here on. What cannot be used leaves the old ones in force."""
@@ -210,10 +222,12 @@ class Worker:
             check_target_tls(self._settings)
         except TlsConfigError as error:
             self._sink(Noticed("error", "certificates not loaded, the old ones stay", (("reason", str(error)),)))
+            self._sink(Reloaded("certificates", (str(error),)))
             return
         self._gateway.client_tls = client_tls
         self._gateway.targets.forget_certificates()
         self._sink(Noticed("info", "certificates loaded anew"))
+        self._sink(Reloaded("certificates"))
 
     async def _drain(self) -> None:
         """Lets sessions go on until they end, the time is up, or a second signal comes."""

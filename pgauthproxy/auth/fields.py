@@ -125,6 +125,8 @@ def decode_mapping(output: bytes, max_lines: int) -> Mapping:
         verifier=Secret(verifier) if verifier else None,
         tls=_target_tls(pairs),
         session_seconds=_seconds(pairs, b"_META_SESSION_SECONDS"),
+        idle_timeout=_seconds(pairs, b"_META_IDLE_TIMEOUT", or_zero=True),
+        idle_in_transaction_timeout=_seconds(pairs, b"_META_IDLE_IN_TRANSACTION_TIMEOUT", or_zero=True),
         cache_seconds=_seconds(pairs, b"_META_CACHE_SECONDS", or_zero=True),
     )
 

@@ -86,6 +86,8 @@ class _Answered(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     tls: _TargetTls = _TargetTls()
     verifier: str | None = None
     session_seconds: float | None = None
+    idle_timeout: float | None = None
+    idle_in_transaction_timeout: float | None = None
     cache_seconds: float | None = None
 
 
@@ -179,6 +181,8 @@ def decode_mapping(body: bytes, started: Started) -> Mapping:
             tls_name=answered.tls.name,
             verifier=answered.verifier,
             session_seconds=answered.session_seconds,
+            idle_timeout=answered.idle_timeout,
+            idle_in_transaction_timeout=answered.idle_in_transaction_timeout,
             cache_seconds=answered.cache_seconds,
         )
     except FieldError as error:

@@ -22,6 +22,7 @@ from pgauthproxy.stages import Leased, Mapping, Password, Started, StoredMd5
 
 PASSED_ON: Final = ("client_encoding", "DateStyle", "IntervalStyle", "TimeZone", "extra_float_digits")
 Seconds = Annotated[float, Meta(gt=0, lt=1e9)]
+SecondsOrZero = Annotated[float, Meta(ge=0, lt=1e9)]
 
 
 class TargetTlsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -42,7 +43,8 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     templates; without a `database` it is the one that was asked for, without `application_name` the client's own.
     `password` is a reference, a password, an MD5 hash, or `vault:` and a path, whose user then takes the place of
     `user`. `pass`: which of the client's startup parameters go on.
-    `session_seconds`: how long a session may live. `warm`: how many connections stand open before they are needed.
+    `session_seconds`: how long a session may live. `idle_timeout`, `idle_in_transaction_timeout`: what holds instead of
+    the configuration's. `warm`: how many connections stand open before they are needed.
     """
 
     host: str | list[str]
@@ -54,6 +56,8 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     pass_on: list[str] = msgspec.field(default_factory=lambda: [*PASSED_ON])
     tls: TargetTlsSpec = TargetTlsSpec()
     session_seconds: Seconds | None = None
+    idle_timeout: SecondsOrZero | None = None
+    idle_in_transaction_timeout: SecondsOrZero | None = None
     warm: Annotated[int, Meta(ge=0)] | None = None
 
 
@@ -111,6 +115,8 @@ class Target:
             (field, value) for field, value in msgspec.structs.asdict(spec.tls).items() if value is not None
         )
         self._session_seconds = spec.session_seconds
+        self._idle_timeout = spec.idle_timeout
+        self._idle_in_transaction_timeout = spec.idle_in_transaction_timeout
         self._warm = spec.warm
         if faults:
             raise AuthenticatorConfigError(*faults)
@@ -140,6 +146,8 @@ class Target:
             verifier=verifier,
             tls=self.tls,
             session_seconds=bound,
+            idle_timeout=self._idle_timeout,
+            idle_in_transaction_timeout=self._idle_in_transaction_timeout,
             warm=self._warm,
         )
 

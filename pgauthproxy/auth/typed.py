@@ -67,6 +67,8 @@ def mapping_of(answer: authoring.Mapping, started: Started) -> Mapping:
         verifier=Secret(_bytes(answer.verifier)) if answer.verifier else None,
         tls=tuple((field, value) for field, value in tls.items() if value),
         session_seconds=answer.session_seconds,
+        idle_timeout=answer.idle_timeout,
+        idle_in_transaction_timeout=answer.idle_in_transaction_timeout,
         cache_seconds=answer.cache_seconds,
     )
 
@@ -91,6 +93,8 @@ def authored(mapping: Mapping) -> authoring.Mapping:
         tls_name=tls.get("name"),
         verifier=mapping.verifier.reveal() if mapping.verifier is not None else None,
         session_seconds=mapping.session_seconds,
+        idle_timeout=mapping.idle_timeout,
+        idle_in_transaction_timeout=mapping.idle_in_transaction_timeout,
         cache_seconds=mapping.cache_seconds,
     )
 

@@ -389,6 +389,20 @@ class LogSettings(_Settings, frozen=True):
     """The least that is written."""
 
 
+class AuditSettings(_Settings, frozen=True):
+    """A log that is neither filtered nor capped (docs/audit.md)."""
+
+    file: str = ""
+    """Where it goes: a file's path, `stdout`, `syslog`, or `syslog:/path` of another socket. Without it there is none.
+    A file is made with mode 0600 and opened anew on SIGHUP."""
+    required: bool = False
+    """Whether logins are refused (57P03) while it cannot be written. Otherwise lines are lost, and counted."""
+    statements: bool = False
+    """Whether it has the SQL of clients' Query and Parse messages, with whatever stands in that."""
+    max_statement: BoundedBytes = 65_536
+    """Bytes of a statement; longer ones are cut."""
+
+
 class Settings(_Settings, frozen=True):
     """All settings."""
 
@@ -400,6 +414,7 @@ class Settings(_Settings, frozen=True):
     target: TargetSettings = TargetSettings()
     tcp: TcpSettings = TcpSettings()
     log: LogSettings = LogSettings()
+    audit: AuditSettings = AuditSettings()
     max_clients: Count = 10_000
     """Clients at once; more are refused with 53300. Lowered at start to what descriptors allow."""
     max_logins: Count = 512
@@ -411,6 +426,15 @@ class Settings(_Settings, frozen=True):
     """For passing on a cancel request."""
     drain_timeout: NotNegative = 30.0
     """How long sessions may go on after SIGTERM or SIGINT."""
+    max_session_seconds: NotNegative = 0.0
+    """How long a session may live; then it ends with 57P01. 0: for ever. An authenticator may give a session less
+    (`_META_SESSION_SECONDS`), not more. docs/sessions.md has more on this and the next two."""
+    idle_timeout: NotNegative = 0.0
+    """How long a session may idle outside a transaction; then it ends with 57P05. 0: for ever. The authenticator's word
+    goes before (`_META_IDLE_TIMEOUT`)."""
+    idle_in_transaction_timeout: NotNegative = 0.0
+    """How long a session may idle in a transaction; then it ends with 25P03. 0: for ever. The authenticator's word goes
+    before (`_META_IDLE_IN_TRANSACTION_TIMEOUT`)."""
     close_timeout: Positive = 60.0
     """How long a closing side may take to accept the last bytes that it is owed."""
     buffer_size: Annotated[int, Meta(ge=1024, le=1 << 24)] = 65_536
@@ -520,6 +544,9 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield "tls.cert, tls.key: need each other"
     if settings.tls.client_cert != "none" and not settings.tls.client_ca:
         yield f"tls.client_cert: {settings.tls.client_cert} needs tls.client_ca"
+    for name in ("required", "statements"):
+        if getattr(settings.audit, name) and not settings.audit.file:
+            yield f"audit.{name}: needs audit.file"
     yield from _authenticator_conflicts(settings.authenticator, "authenticator", settings.method)
     if settings.method == "cert" and (settings.tls_mode == "disable" or settings.tls.client_cert == "none"):
         yield "authenticator.method: cert needs TLS, and tls.client_cert optional or require"

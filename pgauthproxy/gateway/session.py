@@ -5,6 +5,7 @@ coroutine and no task lives on. Step 9 is `_close`, the one door out of a sessio
 """
 
 import asyncio
+import functools
 import socket
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pgauthproxy import _relay
+from pgauthproxy._observe import Observer
 from pgauthproxy.errors import (
     ADMIN_SHUTDOWN,
     CANNOT_CONNECT_NOW,
@@ -27,11 +29,20 @@ from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
 from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.paused import PausedClients
+from pgauthproxy.gateway.rules import Breach, SessionRules, Watch
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.startup import CancelRequest
 from pgauthproxy.proto.steps import TlsPlan, TlsSide
 from pgauthproxy.stages import Accepted, Address, Attached, Lease, Started
+
+
+@dataclass(frozen=True, slots=True)
+class Statements:
+    """Who is told the SQL that clients send: `record(session, is_prepared, text, size)`, at most `max_bytes` of it."""
+
+    record: Callable[[str, bool, bytes, int], object]
+    max_bytes: int
 
 
 @dataclass(slots=True)
@@ -42,11 +53,15 @@ class Gateway:
     client_tls: TlsSide | None
     targets: Targets
     limits: Limits
+    rules: SessionRules
     login_timeout: float
     cancel_timeout: float
     close_timeout: float
     sink: Sink
     paused: PausedClients
+    check_logins: Callable[[], object] | None = None
+    """Raises GatewayFault if nobody may log in at the moment."""
+    statements: Statements | None = None
     keys: CancelKeys = field(default_factory=CancelKeys)
     sessions: "set[Session]" = field(default_factory=set)
     draining: bool = False
@@ -88,6 +103,7 @@ class Session:
         "_target_end",
         "_task",
         "_timer",
+        "_watch",
         "cancel_key",
         "cancelling",
         "reached",
@@ -107,6 +123,7 @@ class Session:
         self._target_end: _relay.End | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._watch: Watch | None = None
         self._started: Started | None = None
         self._cause: Fault | None = None
         self._reason: CloseReason | None = None
@@ -141,12 +158,17 @@ class Session:
             # Not at once: a task that is cancelled before its first step never gets to clean up.
             asyncio.get_running_loop().call_soon(self._task.cancel)
 
-    def end(self, reason: CloseReason, told: bytes) -> None:
-        """Ends a session that has logged in; its client is told with 57P01, unless it is in the middle of a message."""
+    def end(self, reason: CloseReason, told: bytes, sqlstate: str = ADMIN_SHUTDOWN) -> None:
+        """Ends a session that has logged in.
+
+        The client is told, unless it is in the middle of a message; so is the target, where that is known of it.
+        """
         if self._client_end is None or self._target_end is None or self._reason is not None:
             return
         if self._target_end.at_message_boundary:
-            self._client_end.send(messages.fatal(ADMIN_SHUTDOWN, told))
+            self._client_end.send(messages.fatal(sqlstate, told))
+        if self._client_end.at_message_boundary:
+            self._target_end.send(messages.terminate())
         self._close(reason)
 
     async def _run(self, connection: socket.socket, accepted: Accepted) -> None:
@@ -182,6 +204,8 @@ class Session:
         started = self._started = Started(accepted, wanted.parameters, wanted.encryption)
         gateway.limits.begin_client()
         self._is_client = True
+        if gateway.check_logins is not None:
+            gateway.check_logins()
 
         granted = await gateway.admission.admit(started, client, self._client_left)
         self._lease = granted.mapping.lease
@@ -191,7 +215,6 @@ class Session:
         except BaseException:
             target.abort()
             raise
-        gateway.sink(LoggedIn(attached, time.monotonic() - self._began))
         return True
 
     def _client_left(self) -> None:
@@ -215,21 +238,23 @@ class Session:
         gateway = self._gateway
         client_transport, client_rest, client_at_eof = client.hand_over()
         target_transport, target_rest, target_at_eof = target.hand_over()
+        # Before the client is told, so that a login that must be recorded first can still be refused.
+        gateway.sink(LoggedIn(attached, time.monotonic() - self._began))
         self._cancel_timer()
         self.reached, self.reached_tls = attached.reached, target.plan
         self.target_key = attached.greeting.key
-        buffer = gateway.targets.buffer
-        self._client_end = _relay.End(self, client_transport, client.fd, False, buffer, client.tls)
-        self._target_end = _relay.End(self, target_transport, target.fd, True, buffer, target.tls)
+        rules = gateway.rules.for_mapping(attached.granted.mapping)
+        observer = self._observer(rules)
+        self._client_end = self._end(client_transport, client, observer, faces_target=False)
+        watched = observer if rules.limit_idling else None
+        self._target_end = self._end(target_transport, target, watched, faces_target=True)
         self._client_end.send(client_login.welcome(attached, gateway.keys.issue(self, minor)))
         _relay.join(self._client_end, self._target_end)
         self._target_end.start(target_rest, target_at_eof)
         self._client_end.start(client_rest, client_at_eof)
-        seconds = attached.granted.mapping.session_seconds
-        if seconds is not None:
-            self._timer = asyncio.get_running_loop().call_later(
-                seconds, self.end, CloseReason.TIME_LIMIT, b"terminating connection: its time limit is reached"
-            )
+        if rules.limit_anything:
+            self._watch = Watch(rules, time.monotonic(), watched)
+            self._keep_watch()
         # What belongs to the login alone is not kept for the session's life.
         self._client = None
         self._started = None
@@ -238,6 +263,31 @@ class Session:
 
     def _lease_ended(self) -> None:
         self.end(CloseReason.LEASE_ENDED, b"terminating connection: the lease of its credential has ended")
+
+    def _observer(self, rules: SessionRules) -> Observer | None:
+        """Who follows this session, if anybody has to."""
+        statements = self._gateway.statements
+        if statements is not None:
+            return Observer(functools.partial(statements.record, self.id), statements.max_bytes)
+        return Observer() if rules.limit_idling else None
+
+    def _end(
+        self, transport: asyncio.Transport, leg: ClientLeg | TargetLeg, observer: Observer | None, *, faces_target: bool
+    ) -> _relay.End:
+        buffer = self._gateway.targets.buffer
+        if observer is None:
+            return _relay.End(self, transport, leg.fd, faces_target, buffer, leg.tls)
+        return _relay.ObservedEnd(self, transport, leg.fd, faces_target, buffer, leg.tls, observer)
+
+    def _keep_watch(self) -> None:
+        """Ends the session if it has broken a rule; otherwise looks again when it could have."""
+        if self._watch is None or self._client_end is None or self._reason is not None:
+            return
+        found = self._watch.look(time.monotonic(), held=self._client_end.holding)
+        if isinstance(found, Breach):
+            self.end(found.reason, found.told, found.sqlstate)
+        else:
+            self._timer = asyncio.get_running_loop().call_later(found, self._keep_watch)
 
     def target_finished(self) -> None:
         """The target has said its last word: an `End` reports it."""

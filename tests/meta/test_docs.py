@@ -38,7 +38,7 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
 def test_every_setting_that_a_document_names_exists() -> None:
     known = {key.path for key in schema.all_keys()}
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for name in re.findall(r"`((?:authenticator|target|tcp|log)(?:\.[a-z_]+)+)`", document.read_text()):
+        for name in re.findall(r"`((?:authenticator|target|tcp|log|audit)(?:\.[a-z_]+)+)`", document.read_text()):
             assert name in known or any(path.startswith(f"{name}.") for path in known), f"{document.name}: {name}"
 
 

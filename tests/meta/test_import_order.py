@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
     "errors secret private_file stages events",
-    "_wire _digest _tls _relay _spawn",
+    "_wire _digest _tls _observe _relay _spawn",
     "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_tls proto.target_login",
     "authoring",
     "auth.model auth.fields auth.references auth.targets",
@@ -20,9 +20,9 @@ LAYOUT = [
     "auth.typed rehearsal authenticator auth.calls auth.python auth.http_json auth.http",
     "net.sockets net.listen net.dial net.tls",
     "auth.https auth.keysets auth.jwt auth.directory auth.ldap auth.vault_client auth.vault",
-    "gateway.limits gateway.salted_keys gateway.paused",
+    "gateway.limits gateway.rules gateway.salted_keys gateway.paused",
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel gateway.session",
-    "ops.log",
+    "ops.log ops.outlets ops.audit",
     "config.schema config.load config.reference",
     "build worker trial",
     "throwaway demo",

@@ -322,6 +322,8 @@ def test_all_of_a_mapping_is_taken(gateway: Gateway, service: Service, postgres:
         "parameters_base64": [{"name": "c2VhcmNoX3BhdGg=", "value": "YSxi"}],
         "tls": {"mode": "disable"},
         "session_seconds": 3600,
+        "idle_timeout": 0,
+        "idle_in_transaction_timeout": 600.5,
         "cache_seconds": 0,
     }
     conforms(answer, "mapping")
@@ -808,7 +810,7 @@ def test_a_reload_reads_the_authorities_anew(
             if number:
                 (authority if known else other).cert_pem.write_to_path(ca_file)
                 gateway.process.send_signal(signal.SIGHUP)
-                gateway.wait_for("authenticator loaded anew", number)
+                gateway.wait_for("authenticator loaded anew", number, url=service.url)
             if known:
                 assert_serves(gateway.port)
             else:

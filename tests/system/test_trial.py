@@ -49,6 +49,7 @@ echo _META_TARGET_HOST=db7:5433
 echo "_META_TARGET_PASSWORD=target secret"
 echo user=reader
 echo _META_SESSION_SECONDS=60
+echo _META_IDLE_TIMEOUT=0
 """
 
 
@@ -65,6 +66,7 @@ def test_it_shows_what_was_sent_and_what_was_answered_but_no_secret(trial: Try) 
         "  user=reader",
         "  credential: a password, ***",
         "  session_seconds=60",
+        "  idle_timeout=0",
         "let in",
     ):
         assert line in done.stdout.splitlines()

@@ -540,7 +540,8 @@ def test_a_file_with_faults_is_told_and_nothing_starts(
     assert done.stderr.splitlines() == [
         "pgauthproxy: users.yaml:2: targets.main: has no user",
         "pgauthproxy: users.yaml:2: targets.main.usr: unknown key; there are host, user, database, password, "
-        "application_name, parameters, pass, tls, session_seconds, warm",
+        "application_name, parameters, pass, tls, session_seconds, idle_timeout, "
+        "idle_in_transaction_timeout, warm",
         "pgauthproxy: users.yaml:4: users.alice.allow: 'x' is no network, as 10.0.0.0/8 or fd00::/8 are",
         "pgauthproxy: users.yaml:4: users.alice.verifier: is missing, and authenticator.method is scram-sha-256",
     ]

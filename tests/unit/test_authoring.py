@@ -222,6 +222,7 @@ def question_of(user: bytes = b"alice", database: bytes = b"") -> Question:
         Mapping("db7", "reader", md5_hash=md5_verifier("x")),
         Mapping("db7", "reader", credential_from_client=True),
         Mapping("db7", "reader", verifier=scram_verifier("x"), session_seconds=1.5, cache_seconds=0),
+        Mapping("db7", "reader", idle_timeout=0, idle_in_transaction_timeout=2.5),
         Mapping("db7", "reader", cache_seconds=30, parameters={"application_name": "gateway:alice", "options": ""}),
         Mapping(
             "db7",
@@ -278,6 +279,8 @@ BAD_MAPPINGS: list[tuple[dict[str, Any], str]] = [
     ({"tls_ca": f"{SECRET}\n"}, "tls_ca"),
     ({"verifier": f"{SECRET}\n"}, "verifier"),
     ({"session_seconds": 0}, "session_seconds"),
+    ({"idle_timeout": -1}, "idle_timeout"),
+    ({"idle_in_transaction_timeout": float("inf")}, "idle_in_transaction_timeout"),
     ({"session_seconds": float("nan")}, "session_seconds"),
     ({"session_seconds": float("inf")}, "session_seconds"),
     ({"session_seconds": SECRET}, "session_seconds"),

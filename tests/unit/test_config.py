@@ -119,6 +119,8 @@ def test_a_key_without_a_value_counts_as_not_set(loaded: Load) -> None:
 
 
 COMPANIONS = {
+    "audit.required": {"PGPROXY_AUDIT_FILE": "/some/where"},
+    "audit.statements": {"PGPROXY_AUDIT_FILE": "/some/where"},
     "tls.cert": {"PGPROXY_TLS_KEY": "a.key"},
     "tls.key": {"PGPROXY_TLS_CERT": "a.crt"},
     "tls.client_cert": {"PGPROXY_TLS_CLIENT_CA": "ca.crt"},

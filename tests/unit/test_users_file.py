@@ -169,6 +169,8 @@ def test_the_mapping_has_the_verifier_and_the_targets_words(ask: Ask) -> None:
         "    pass: [client_encoding]\n"
         "    tls: {mode: require}\n"
         "    session_seconds: 3600\n"
+        "    idle_timeout: 0\n"
+        "    idle_in_transaction_timeout: 2.5\n"
         "    warm: 3\n"
     )
     body = f"  alice: {{verifier: '{VERIFIER}', databases: {{'*': main}}, session_seconds: 60}}\n"
@@ -186,6 +188,8 @@ def test_the_mapping_has_the_verifier_and_the_targets_words(ask: Ask) -> None:
         verifier=Secret(VERIFIER.encode()),
         tls=(("mode", "require"),),
         session_seconds=60.0,
+        idle_timeout=0.0,
+        idle_in_transaction_timeout=2.5,
         warm=3,
     )
 
@@ -447,7 +451,10 @@ def test_a_secret_in_a_line_that_is_no_yaml_is_not_shown(faults: Faults) -> None
 
 
 USER_KEYS = "databases, verifier, certificate, allow, session_seconds"
-TARGET_KEYS = "host, user, database, password, application_name, parameters, pass, tls, session_seconds, warm"
+TARGET_KEYS = (
+    "host, user, database, password, application_name, parameters, pass, tls, session_seconds, "
+    "idle_timeout, idle_in_transaction_timeout, warm"
+)
 
 
 @pytest.mark.parametrize(
