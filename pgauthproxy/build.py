@@ -12,6 +12,7 @@ from pgauthproxy.auth.cache import CachedAuthenticator
 from pgauthproxy.auth.chain import ChainAuthenticator
 from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits, SaidSink
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
+from pgauthproxy.auth.networks import Networks
 from pgauthproxy.auth.users import UsersAuthenticator, UsersPolicy
 from pgauthproxy.auth.users_file import TlsFault
 from pgauthproxy.auth.worker import WorkerAuthenticator, WorkerLimits
@@ -19,6 +20,7 @@ from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink
+from pgauthproxy.gateway.access import Access, Denials
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
@@ -221,6 +223,11 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
             parse_listen(text)
         except ListenError as error:
             faults.append(str(error))
+    for name, texts in (("allow", settings.allow), ("deny", settings.deny)):
+        try:
+            Networks(tuple(texts))
+        except ValueError as error:
+            faults.append(f"{name}: {error}")
     try:
         authenticator = build_authenticator(settings, sink)
     except AuthenticatorConfigError as error:
@@ -241,6 +248,8 @@ def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) 
     targets = build_targets(settings)
     return Gateway(
         admission=build_admission(settings, authenticator),
+        access=Access(settings.allow, settings.deny),
+        denials=Denials(sink),
         client_tls=build_client_tls(settings),
         targets=targets,
         paused=PausedClients(targets.buffer),

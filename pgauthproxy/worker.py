@@ -134,8 +134,12 @@ class Worker:
             self._sink(Noticed("warning", "passwords cross the network in clear", facts))
 
     def _accepted(self, connection: socket.socket, peer: Any) -> None:
-        self._sessions_begun += 1
         address = client_address(peer)
+        if (reason := self._gateway.access.refusal(address)) is not None:
+            connection.close()
+            self._gateway.denials.note(address, reason)
+            return
+        self._sessions_begun += 1
         try:
             session = Session(self._gateway, self._sessions_begun)
         except GatewayFault as fault:
@@ -218,6 +222,7 @@ class Worker:
         if self._reloading is not None:
             self._reloading.cancel()
             await asyncio.wait([self._reloading])
+        self._gateway.denials.flush()
         self._gateway.targets.warm.close()
         await self._gateway.admission.authenticator.close()
         self._sink(Noticed("info", "ended"))

@@ -52,10 +52,22 @@ def error_fields(body: bytes) -> dict[str, str]:
 class RawClient:
     """A socket that reads whole messages. Every wait is bounded."""
 
-    def __init__(self, port: int, family: int = socket.AF_INET) -> None:
+    def __init__(self, port: int, family: int = socket.AF_INET, source: str = "") -> None:
+        """`source` is the address to come from, if it is to be a particular one."""
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(SECONDS)
+        if source:
+            self.socket.bind((source, 0))
         self.socket.connect(("127.0.0.1" if family == socket.AF_INET else "::1", port))
+
+    @classmethod
+    def of_folder(cls, folder: object, port: int) -> Self:
+        """A client of the Unix socket there."""
+        client = cls.__new__(cls)
+        client.socket = socket.socket(socket.AF_UNIX)
+        client.socket.settimeout(SECONDS)
+        client.socket.connect(f"{folder}/.s.PGSQL.{port}")
+        return client
 
     def __enter__(self) -> Self:
         return self

@@ -213,6 +213,11 @@ class Settings(_Settings, frozen=True):
     listen: list[str] = msgspec.field(default_factory=lambda: [":5432"])
     """Where clients connect: `host:port`, `:port` (all interfaces), `[v6]:port`, `unix:/folder:port`, or a list of
     these."""
+    allow: list[str] = []
+    """Networks (`10.0.0.0/8`, `2001:db8::/32`, single addresses) that may connect; empty: all. Others are closed upon
+    before a byte is read (docs/access.md). Unix sockets may always, unless `local` is in `deny`."""
+    deny: list[str] = []
+    """Networks that may not connect, whatever `allow` says; `local` is Unix sockets."""
     authenticator: AuthenticatorSettings = AuthenticatorSettings()
     tls: TlsSettings = TlsSettings()
     target: TargetSettings = TargetSettings()

@@ -22,6 +22,7 @@ from pgauthproxy.errors import (
 )
 from pgauthproxy.events import Cancelled, CloseReason, Ended, LoggedIn, Refused, Sink
 from pgauthproxy.gateway import cancel
+from pgauthproxy.gateway.access import Access, Denials
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
@@ -39,6 +40,8 @@ class Gateway:
     """What all sessions of a process share. Times in seconds."""
 
     admission: Admission
+    access: Access
+    denials: Denials
     client_tls: TlsSide | None
     targets: Targets
     limits: Limits
