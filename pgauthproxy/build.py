@@ -218,14 +218,14 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
     Faults are a line each; the sink gets what is only to be noted.
     """
     authenticator, faults = None, []
-    for text in settings.listen:
+    for each in settings.listeners:
         try:
-            parse_listen(text)
+            parse_listen(each.address)
         except ListenError as error:
             faults.append(str(error))
-    for name, texts in (("allow", settings.allow), ("deny", settings.deny)):
+    for name in ("allow", "deny", "proxy_protocol_from"):
         try:
-            Networks(tuple(texts))
+            Networks(tuple(getattr(settings, name)))
         except ValueError as error:
             faults.append(f"{name}: {error}")
     try:
@@ -248,7 +248,7 @@ def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) 
     targets = build_targets(settings)
     return Gateway(
         admission=build_admission(settings, authenticator),
-        access=Access(settings.allow, settings.deny),
+        access=Access(settings.allow, settings.deny, settings.proxy_protocol_from),
         denials=Denials(sink),
         client_tls=build_client_tls(settings),
         targets=targets,

@@ -141,7 +141,7 @@ def _shown(key: schema.Key, value: Any) -> str:
         return "true" if value else "false"
     if key.path == "authenticator.chain":
         return ", ".join(link.decided_kind or "nothing" for link in value)
-    return ", ".join(value) if isinstance(value, list | dict) else f"{value}"
+    return ", ".join(map(str, value)) if isinstance(value, list | dict) else f"{value}"
 
 
 @_command.command()

@@ -207,12 +207,25 @@ class LogSettings(_Settings, frozen=True):
     """The least that is written."""
 
 
+class ListenSettings(_Settings, frozen=True):
+    """One listener."""
+
+    address: str = ""
+    proxy_protocol: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.address} (PROXY protocol)" if self.proxy_protocol else self.address
+
+
 class Settings(_Settings, frozen=True):
     """All settings."""
 
-    listen: list[str] = msgspec.field(default_factory=lambda: [":5432"])
+    listen: list[str | ListenSettings] = msgspec.field(default_factory=lambda: list[str | ListenSettings]([":5432"]))
     """Where clients connect: `host:port`, `:port` (all interfaces), `[v6]:port`, `unix:/folder:port`, or a list of
-    these."""
+    these. In the file one of a list may be a mapping, `{address: ":6432", proxy_protocol: true}`: there a load balancer
+    says in a header of the PROXY protocol, version 1 or 2, where each client comes from (docs/access.md)."""
+    proxy_protocol_from: list[str] = []
+    """Networks of the load balancers that may do so, `local` for Unix sockets. Others are closed upon there."""
     allow: list[str] = []
     """Networks (`10.0.0.0/8`, `2001:db8::/32`, single addresses) that may connect; empty: all. Others are closed upon
     before a byte is read (docs/access.md). Unix sockets may always, unless `local` is in `deny`."""
@@ -246,6 +259,11 @@ class Settings(_Settings, frozen=True):
     """Longest password message."""
     max_sasl_message: Annotated[int, Meta(ge=256)] = 1_024
     """Longest message of a SCRAM exchange."""
+
+    @property
+    def listeners(self) -> tuple[ListenSettings, ...]:
+        """`listen`, in one form."""
+        return tuple(ListenSettings(address=each) if isinstance(each, str) else each for each in self.listen)
 
     @property
     def method(self) -> Method:
@@ -317,6 +335,8 @@ def conflicts(settings: Settings) -> Iterator[str]:
     """What does not go together, a line each."""
     if settings.authenticator.cleartext_password and settings.authenticator.method not in (None, "cleartext"):
         yield f"authenticator.cleartext_password: contradicts authenticator.method {settings.authenticator.method}"
+    if any(each.proxy_protocol for each in settings.listeners) and not settings.proxy_protocol_from:
+        yield "listen: proxy_protocol needs proxy_protocol_from"
     if settings.tls_mode != "disable" and not settings.tls.cert:
         yield f"tls.mode: {settings.tls_mode} needs tls.cert and tls.key"
     if bool(settings.tls.cert) != bool(settings.tls.key):

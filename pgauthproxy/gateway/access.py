@@ -15,15 +15,18 @@ REPORT_SECONDS: Final = 10.0
 
 
 class Access:
-    """The lists `allow` and `deny`. An empty `allow` is everybody; `deny` wins."""
+    """The lists `allow` and `deny`. An empty `allow` is everybody; `deny` wins. `balancers` may say who a client is."""
 
-    def __init__(self, allow: Sequence[str], deny: Sequence[str]) -> None:
+    def __init__(self, allow: Sequence[str], deny: Sequence[str], balancers: Sequence[str] = ()) -> None:
         """Raises ValueError, which names the text."""
+        self._balancers = Networks(tuple(balancers))
         self._allowed = Networks(tuple(allow)) if allow else None
         self._denied = Networks(tuple(deny)) if deny else None
 
-    def refusal(self, address: str) -> str | None:
+    def refusal(self, address: str, *, as_balancer: bool = False) -> str | None:
         """Why a client with this address may not connect; None if it may."""
+        if as_balancer and not self._balancers.has(address):
+            return "not in proxy_protocol_from"
         if self._denied is not None and self._denied.has(address):
             return "in deny"
         # Who can reach a Unix socket is the file system's to say, unless `deny` has `local`.

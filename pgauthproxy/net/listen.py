@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pgauthproxy.net import sockets
+from pgauthproxy.net.sockets import StreamSocket
 
 MOST_ACCEPTS_AT_ONCE: Final = 64
 PAUSE_SECONDS: Final = 0.5
@@ -52,8 +53,15 @@ def parse_listen(text: str) -> ListenAddress:
     return ListenAddress(matched[1] or matched[2] or "", matched[3])
 
 
-def open_sockets(address: ListenAddress, backlog: int) -> list[socket.socket]:
+def open_sockets(address: ListenAddress, backlog: int, *, proxy_protocol: bool = False) -> list[StreamSocket]:
     """Binds and listens; several sockets for a name with several addresses. Raises ListenError."""
+    opened = _open(address, backlog)
+    for listening in opened:
+        listening.proxy_protocol = proxy_protocol
+    return opened
+
+
+def _open(address: ListenAddress, backlog: int) -> list[StreamSocket]:
     try:
         if address.folder:
             return [_open_unix(address, backlog)]
@@ -66,9 +74,9 @@ def open_sockets(address: ListenAddress, backlog: int) -> list[socket.socket]:
         raise ListenError(f"listen: {where}: {reason}") from error
 
 
-def _open_named(address: ListenAddress, backlog: int) -> list[socket.socket]:
+def _open_named(address: ListenAddress, backlog: int) -> list[StreamSocket]:
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    opened: list[socket.socket] = []
+    opened: list[StreamSocket] = []
     try:
         for family, where in dict.fromkeys((family, where) for family, _, _, _, where in found):
             opened.append(_open_tcp(family, where, backlog, v6_only=True))
@@ -79,7 +87,7 @@ def _open_named(address: ListenAddress, backlog: int) -> list[socket.socket]:
     return opened
 
 
-def _open_all_interfaces(address: ListenAddress, backlog: int) -> socket.socket:
+def _open_all_interfaces(address: ListenAddress, backlog: int) -> StreamSocket:
     """One socket for both address families, or for IPv4 alone where there is no other."""
     port = int(address.port) if address.port.isdigit() else socket.getservbyname(address.port, "tcp")
     if socket.has_dualstack_ipv6():
@@ -87,7 +95,7 @@ def _open_all_interfaces(address: ListenAddress, backlog: int) -> socket.socket:
     return _open_tcp(socket.AF_INET, ("0.0.0.0", port), backlog, v6_only=False)  # noqa: S104 (asked for)
 
 
-def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool) -> socket.socket:
+def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool) -> StreamSocket:
     listening = sockets.make(family)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -101,7 +109,7 @@ def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool) -> soc
     return listening
 
 
-def _open_unix(address: ListenAddress, backlog: int) -> socket.socket:
+def _open_unix(address: ListenAddress, backlog: int) -> StreamSocket:
     """Like PostgreSQL's, the socket may be used by everybody: who gets in is decided at login."""
     path = address.socket_path
     _remove_stale(path)
@@ -138,8 +146,10 @@ def describe(listening: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def is_local(listening: socket.socket) -> bool:
-    """Whether nobody but this machine reaches it."""
+def is_local(listening: StreamSocket) -> bool:
+    """Whether nobody but this machine reaches it; whom a load balancer brings may come from anywhere."""
+    if listening.proxy_protocol:
+        return False
     if listening.family == socket.AF_UNIX:
         return True
     host: str = listening.getsockname()[0]
@@ -151,8 +161,8 @@ class Listener:
 
     def __init__(
         self,
-        listening: socket.socket,
-        accepted: Callable[[socket.socket, Any], None],
+        listening: StreamSocket,
+        accepted: Callable[[socket.socket, Any, bool], None],
         starved: Callable[[OSError], None],
     ) -> None:
         self._listening = listening
@@ -178,7 +188,7 @@ class Listener:
                     return
                 # That one client is gone again: its reset came before its turn.
                 continue
-            self._accepted(connection, peer)
+            self._accepted(connection, peer, self._listening.proxy_protocol)
         self._at_once = min(2 * self._at_once, MOST_ACCEPTS_AT_ONCE)
 
     def _pause(self, error: OSError) -> None:

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 LAYOUT = [
     "errors secret private_file stages events",
     "_wire _digest _tls _relay _spawn",
-    "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_tls proto.target_login",
+    "proto.steps proto.messages proto.proxy_header proto.startup",
+    "proto.scram proto.client_login proto.target_tls proto.target_login",
     "auth.model auth.fields auth.references auth.targets",
     "auth.yaml_lines auth.networks auth.certificates auth.users_file auth.users_edit auth.users",
     "auth.command auth.worker_process auth.worker auth.chain auth.cache",
