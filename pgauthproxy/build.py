@@ -2,12 +2,15 @@
 
 import contextlib
 import hashlib
+import os
 import secrets
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from pgauthproxy import _relay
+from pgauthproxy._ledger import Ledger
 from pgauthproxy.auth.cache import CachedAuthenticator
 from pgauthproxy.auth.chain import ChainAuthenticator
 from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits, SaidSink
@@ -33,6 +36,9 @@ from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, bu
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import TargetTls
+
+LEDGER_ENTRIES_OF_A_CLIENT: Final = 8
+"""A user's and an address's, four times over, so that they are found at once."""
 
 
 def tcp_options(settings: Settings) -> TcpOptions:
@@ -243,6 +249,24 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
     return authenticator, faults
 
 
+def build_ledger(settings: Settings, fd: int = -1, slot: int = 0) -> Ledger:
+    """The counts of the gateway: those of a memfd, seen from one worker's slot, or of this process alone."""
+    return Ledger(fd, slot, entries=LEDGER_ENTRIES_OF_A_CLIENT * settings.max_clients)
+
+
+def build_limits(settings: Settings, ledger: Ledger) -> Limits:
+    """How many may be here at once."""
+    return Limits(
+        settings.max_clients,
+        settings.max_logins,
+        per_user=settings.max_clients_per_user,
+        per_address=settings.max_clients_per_address,
+        reserved=settings.reserved_clients,
+        reserved_for=frozenset(map(os.fsencode, settings.admin.users)),
+        ledger=ledger,
+    )
+
+
 def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) -> Gateway:
     """A gateway that serves nobody yet. Raises TlsConfigError."""
     targets = build_targets(settings)
@@ -253,7 +277,7 @@ def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) 
         client_tls=build_client_tls(settings),
         targets=targets,
         paused=PausedClients(targets.buffer),
-        limits=Limits(settings.max_clients, settings.max_logins),
+        limits=build_limits(settings, build_ledger(settings)),
         login_timeout=settings.login_timeout,
         cancel_timeout=settings.cancel_timeout,
         close_timeout=settings.close_timeout,

@@ -9,6 +9,7 @@ LOCAL: Final = "local"
 """The word for Unix sockets, and what stands for a client's address there, in brackets."""
 
 IPV4_BYTES: Final = 4
+IPV6_NETWORK_BYTES: Final = 8
 
 _Block = tuple[int, int, int]
 """Version of IP, mask and network."""
@@ -34,6 +35,14 @@ class Networks:
 def is_local(address: str) -> bool:
     """Whether a client's address, as `Accepted` has it, is a Unix socket."""
     return ":" not in address
+
+
+def network_key(address: str) -> bytes:
+    """What stands for the network that one client has to itself: an IPv4 address, or the /64 of one of IPv6.
+
+    Empty for a Unix socket, which says nothing about who is behind it.
+    """
+    return b"" if is_local(address) else _pack(address)[:IPV6_NETWORK_BYTES]
 
 
 def _pack(address: str) -> bytes:

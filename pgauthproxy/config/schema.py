@@ -13,6 +13,7 @@ from msgspec import Meta
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
+NotNegativeCount = Annotated[int, Meta(ge=0)]
 BoundedBytes = Annotated[int, Meta(ge=1, le=1 << 24)]
 Kind = Literal["command", "worker", "users", "chain"]
 Method = Literal["md5", "cleartext", "scram-sha-256", "cert"]
@@ -198,6 +199,13 @@ class TcpSettings(_Settings, frozen=True):
     ends peers that are alive but do not read for so long, a paused COPY for example."""
 
 
+class AdminSettings(_Settings, frozen=True):
+    """Who runs the gateway."""
+
+    users: list[str] = []
+    """Names of users that `reserved_clients` are kept for, as clients log in with them."""
+
+
 class LogSettings(_Settings, frozen=True):
     """What is written to standard error."""
 
@@ -236,8 +244,16 @@ class Settings(_Settings, frozen=True):
     target: TargetSettings = TargetSettings()
     tcp: TcpSettings = TcpSettings()
     log: LogSettings = LogSettings()
+    admin: AdminSettings = AdminSettings()
     max_clients: Count = 10_000
     """Clients at once; more are refused with 53300. Lowered at start to what descriptors allow."""
+    max_clients_per_user: NotNegativeCount = 0
+    """The same for one user, as it logs in here (whatever it becomes at its target), once it has proved who it is.
+    0: no limit of its own."""
+    max_clients_per_address: NotNegativeCount = 0
+    """The same for one address, of IPv6 for one /64. Unix sockets are not counted. 0: no limit of its own."""
+    reserved_clients: NotNegativeCount = 0
+    """How many of `max_clients` are kept for the users of `admin.users`."""
     max_logins: Count = 512
     """Logins in progress at once. When all are taken, the client that has said nothing for longest makes way; where all
     have said who they are, more are refused with 53300. Lowered at start to what descriptors allow."""
@@ -337,6 +353,10 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield f"authenticator.cleartext_password: contradicts authenticator.method {settings.authenticator.method}"
     if any(each.proxy_protocol for each in settings.listeners) and not settings.proxy_protocol_from:
         yield "listen: proxy_protocol needs proxy_protocol_from"
+    if settings.reserved_clients >= settings.max_clients:
+        yield "reserved_clients: leaves nothing of max_clients"
+    if settings.reserved_clients and not settings.admin.users:
+        yield "reserved_clients: needs admin.users"
     if settings.tls_mode != "disable" and not settings.tls.cert:
         yield f"tls.mode: {settings.tls_mode} needs tls.cert and tls.key"
     if bool(settings.tls.cert) != bool(settings.tls.key):

@@ -27,7 +27,7 @@ from pgauthproxy.gateway.access import Access, Denials
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
-from pgauthproxy.gateway.limits import Limits
+from pgauthproxy.gateway.limits import Limits, Place
 from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
@@ -79,8 +79,8 @@ class Session:
         "_detail",
         "_ends_lost",
         "_gateway",
-        "_is_client",
         "_number",
+        "_place",
         "_reason",
         "_started",
         "_target_end",
@@ -111,7 +111,7 @@ class Session:
         self._reason: CloseReason | None = None
         self._detail = ""
         self._ends_lost = 0
-        self._is_client = False
+        self._place: Place | None = None
         self.cancel_key = b""
         self.cancelling = False
         self.target_key = b""
@@ -182,10 +182,10 @@ class Session:
             await self._cancel(client, wanted)
             return False
         started = self._started = Started(accepted, wanted.parameters, wanted.encryption)
-        gateway.limits.begin_client()
-        self._is_client = True
+        place = self._place = gateway.limits.begin_client(started.user, accepted.address)
 
         granted = await gateway.admission.admit(started, client, self._client_left)
+        gateway.limits.prove(place, started.user)
         attached, target = await gateway.targets.attach(granted)
         try:
             self._attach(client, target, attached, wanted.minor)
@@ -314,8 +314,8 @@ class Session:
         self._client = None
         self._cause = None
         gateway = self._gateway
-        if self._is_client:
-            gateway.limits.end_client()
+        if self._place is not None:
+            gateway.limits.end_client(self._place)
         gateway.sessions.discard(self)
         if not gateway.sessions and gateway.idle is not None:
             gateway.idle()

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
     "errors secret private_file stages events",
-    "_wire _digest _tls _relay _spawn",
+    "_wire _digest _tls _relay _spawn _ledger",
     "proto.steps proto.messages proto.proxy_header proto.startup",
     "proto.scram proto.client_login proto.target_tls proto.target_login",
     "auth.model auth.fields auth.references auth.targets",

@@ -123,6 +123,7 @@ COMPANIONS = {
     "tls.client_cert": {"PGPROXY_TLS_CLIENT_CA": "ca.crt"},
     "authenticator.kind": {"PGPROXY_AUTHENTICATOR_CMD": "one"},
     "authenticator.workers.min": {"PGPROXY_AUTHENTICATOR_WORKERS_MAX": "50"},
+    "reserved_clients": {"PGPROXY_ADMIN_USERS": "root"},
 }
 """What some settings cannot be without."""
 
