@@ -30,6 +30,7 @@ from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.session import Gateway
 from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
+from pgauthproxy.gateway.throttle import Throttle, ThrottleRules
 from pgauthproxy.net.dial import TcpOptions
 from pgauthproxy.net.listen import ListenError, parse_listen
 from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of, resolve
@@ -190,7 +191,18 @@ def build_client_tls(settings: Settings) -> ClientSide | None:
     )
 
 
-def build_admission(settings: Settings, authenticator: Authenticator) -> Admission:
+def build_throttle(settings: Settings, ledger: Ledger, sink: Sink) -> Throttle | None:
+    """How guessing is made slow; None if it is not."""
+    wanted = settings.throttle
+    if not wanted.failures:
+        return None
+    # A login that waits must still have time to be one.
+    longest = min(wanted.max_delay, settings.login_timeout / 2)
+    rules = ThrottleRules(wanted.failures, wanted.window, wanted.delay, longest, wanted.block)
+    return Throttle(rules, Networks(tuple(wanted.exempt)), ledger, sink)
+
+
+def build_admission(settings: Settings, authenticator: Authenticator, throttle: Throttle | None = None) -> Admission:
     """How clients are let in."""
     policy = ClientPolicy(
         method=settings.method,
@@ -204,6 +216,7 @@ def build_admission(settings: Settings, authenticator: Authenticator) -> Admissi
         policy=policy,
         seed=_made_up_from(settings),
         scram_iterations=settings.authenticator.scram_iterations,
+        throttle=throttle,
     )
 
 
@@ -229,9 +242,14 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
             parse_listen(each.address)
         except ListenError as error:
             faults.append(str(error))
-    for name in ("allow", "deny", "proxy_protocol_from"):
+    for name, texts in (
+        ("allow", settings.allow),
+        ("deny", settings.deny),
+        ("proxy_protocol_from", settings.proxy_protocol_from),
+        ("throttle.exempt", settings.throttle.exempt),
+    ):
         try:
-            Networks(tuple(getattr(settings, name)))
+            Networks(tuple(texts))
         except ValueError as error:
             faults.append(f"{name}: {error}")
     try:
@@ -251,7 +269,8 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
 
 def build_ledger(settings: Settings, fd: int = -1, slot: int = 0) -> Ledger:
     """The counts of the gateway: those of a memfd, seen from one worker's slot, or of this process alone."""
-    return Ledger(fd, slot, entries=LEDGER_ENTRIES_OF_A_CLIENT * settings.max_clients)
+    entries = LEDGER_ENTRIES_OF_A_CLIENT * settings.max_clients
+    return Ledger(fd, slot, entries=entries, failures=settings.throttle.max_entries)
 
 
 def build_limits(settings: Settings, ledger: Ledger) -> Limits:
@@ -270,14 +289,15 @@ def build_limits(settings: Settings, ledger: Ledger) -> Limits:
 def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) -> Gateway:
     """A gateway that serves nobody yet. Raises TlsConfigError."""
     targets = build_targets(settings)
+    ledger = build_ledger(settings)
     return Gateway(
-        admission=build_admission(settings, authenticator),
+        admission=build_admission(settings, authenticator, build_throttle(settings, ledger, sink)),
         access=Access(settings.allow, settings.deny, settings.proxy_protocol_from),
         denials=Denials(sink),
         client_tls=build_client_tls(settings),
         targets=targets,
         paused=PausedClients(targets.buffer),
-        limits=build_limits(settings, build_ledger(settings)),
+        limits=build_limits(settings, ledger),
         login_timeout=settings.login_timeout,
         cancel_timeout=settings.cancel_timeout,
         close_timeout=settings.close_timeout,

@@ -199,6 +199,26 @@ class TcpSettings(_Settings, frozen=True):
     ends peers that are alive but do not read for so long, a paused COPY for example."""
 
 
+class ThrottleSettings(_Settings, frozen=True):
+    """What is done about those who guess passwords (docs/access.md)."""
+
+    failures: NotNegativeCount = 5
+    """So many refused logins of one address (of IPv6, one /64) or one user within `throttle.window` make further ones
+    wait. 0: none ever does."""
+    window: Positive = 60.0
+    """Seconds. Once they wait, it takes so long without a refusal until they do not any more."""
+    delay: Positive = 1.0
+    """How long the first of them waits; each further refusal doubles it."""
+    max_delay: Positive = 10.0
+    """The longest wait; at most half of `login_timeout`."""
+    block: NotNegative = 300.0
+    """How long an address whose wait would grow beyond that is refused with 28000. 0: it never is. A user never is."""
+    exempt: list[str] = []
+    """Networks whose logins are neither counted nor held up; `local` is Unix sockets."""
+    max_entries: Annotated[int, Meta(ge=8, le=1 << 24)] = 65_536
+    """How many addresses and users are remembered, of 48 bytes each; the oldest are forgotten first."""
+
+
 class AdminSettings(_Settings, frozen=True):
     """Who runs the gateway."""
 
@@ -244,6 +264,7 @@ class Settings(_Settings, frozen=True):
     target: TargetSettings = TargetSettings()
     tcp: TcpSettings = TcpSettings()
     log: LogSettings = LogSettings()
+    throttle: ThrottleSettings = ThrottleSettings()
     admin: AdminSettings = AdminSettings()
     max_clients: Count = 10_000
     """Clients at once; more are refused with 53300. Lowered at start to what descriptors allow."""
@@ -353,6 +374,8 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield f"authenticator.cleartext_password: contradicts authenticator.method {settings.authenticator.method}"
     if any(each.proxy_protocol for each in settings.listeners) and not settings.proxy_protocol_from:
         yield "listen: proxy_protocol needs proxy_protocol_from"
+    if settings.throttle.max_delay < settings.throttle.delay:
+        yield "throttle.max_delay: is less than throttle.delay"
     if settings.reserved_clients >= settings.max_clients:
         yield "reserved_clients: leaves nothing of max_clients"
     if settings.reserved_clients and not settings.admin.users:

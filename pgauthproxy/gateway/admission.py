@@ -18,6 +18,7 @@ from pgauthproxy._digest import md5_answer, md5_password
 from pgauthproxy.auth.model import Authenticator, Denied, Question
 from pgauthproxy.errors import INVALID_AUTHORIZATION, INVALID_PASSWORD, AuthenticatorFault, ClientFault, wrong_password
 from pgauthproxy.gateway.client_leg import ClientPolicy
+from pgauthproxy.gateway.throttle import Blocked, Throttle
 from pgauthproxy.proto import scram
 from pgauthproxy.proto.client_login import MD5_ANSWER, Proof
 from pgauthproxy.secret import Secret
@@ -47,12 +48,30 @@ class Admission:
     policy: ClientPolicy
     seed: Secret
     scram_iterations: int
+    throttle: Throttle | None = None
 
     async def admit(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         """The grant, once the client has proved what it must. `client_left` is called if it goes meanwhile.
 
-        Raises ClientFault and AuthenticatorFault.
+        Raises ClientFault, AuthenticatorFault and GatewayFault.
         """
+        if self.policy.method == "cert" and (started.encryption is None or started.encryption.certificate is None):
+            raise ClientFault(INVALID_AUTHORIZATION, "connection requires a valid client certificate")
+        if self.throttle is None:
+            return await self._judge(started, client, client_left)
+        self.throttle.check(started)
+        try:
+            granted = await self._judge(started, client, client_left)
+        except Blocked:
+            raise
+        except ClientFault as fault:
+            if fault.sqlstate in (INVALID_PASSWORD, INVALID_AUTHORIZATION):
+                self.throttle.failed(started)
+            raise
+        self.throttle.succeeded(started)
+        return granted
+
+    async def _judge(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         try:
             if self.policy.method == "scram-sha-256":
                 return await self._by_scram(started, client, client_left)
@@ -77,8 +96,6 @@ class Admission:
         return _grant(started, mapping, Password(proof.answer) if proof.method == "cleartext" else None, seconds)
 
     async def _by_certificate(self, started: Started, client: Client, client_left: Watcher) -> Granted:
-        if started.encryption is None or started.encryption.certificate is None:
-            raise ClientFault(INVALID_AUTHORIZATION, "connection requires a valid client certificate")
         client.watch(client_left)
         mapping, seconds = await self._ask(Question(started, self.policy.method))
         return _grant(started, mapping, None, seconds)
@@ -112,6 +129,8 @@ class Admission:
 
     async def _ask(self, question: Question) -> tuple[Mapping, float]:
         """What the authenticator answers, and how many seconds it took. Raises Denied and AuthenticatorFault."""
+        if self.throttle is not None:
+            await self.throttle.hold(question.started)
         asked = time.monotonic()
         mapping = await self.authenticator.ask(question)
         return mapping, time.monotonic() - asked

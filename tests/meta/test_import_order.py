@@ -18,7 +18,7 @@ LAYOUT = [
     "auth.yaml_lines auth.networks auth.certificates auth.users_file auth.users_edit auth.users",
     "auth.command auth.worker_process auth.worker auth.chain auth.cache",
     "net.sockets net.listen net.dial net.tls",
-    "gateway.access gateway.limits gateway.salted_keys gateway.paused",
+    "gateway.access gateway.limits gateway.throttle gateway.salted_keys gateway.paused",
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel gateway.session",
     "ops.log",
     "config.schema config.load config.reference",
