@@ -17,7 +17,9 @@ from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
 from pgauthproxy.events import Event, Noticed
 from pgauthproxy.net import listen
+from pgauthproxy.ops import privileges
 from pgauthproxy.ops.log import LogSink
+from pgauthproxy.ops.privileges import Identity, PrivilegesError
 from pgauthproxy.proto import scram
 from pgauthproxy.terminal import fail, read_password
 from pgauthproxy.users_command import users
@@ -90,14 +92,19 @@ def _command(context: click.Context, /, **flags: Any) -> None:
 def _serve(loaded: Loaded) -> None:
     settings = loaded.settings
     sink = LogSink(settings.log.format, settings.log.level)
-    authenticator, faults = examine(settings, sink)
+    identity = _identity(settings)
+    with privileges.acting_as(identity):
+        authenticator, faults = examine(settings, sink)
     if authenticator is None or faults:
         fail(*faults)
     for warning in loaded.warnings:
         sink(Noticed("warning", warning))
     try:
         listening = worker.open_listeners(settings)
-    except listen.ListenError as error:
+        privileges.become(identity)
+        if settings.no_new_privs:
+            privileges.forbid_new()
+    except (listen.ListenError, PrivilegesError) as error:
         fail(str(error))
     try:
         worker.serve(settings, authenticator, listening, sink)
@@ -105,6 +112,14 @@ def _serve(loaded: Loaded) -> None:
         fail(*error.faults)
     finally:
         sink.flush()
+
+
+def _identity(settings: schema.Settings) -> Identity | None:
+    """Whom the gateway is to become; ends with one line if it cannot."""
+    try:
+        return privileges.find(settings.user, settings.group)
+    except PrivilegesError as error:
+        fail(str(error))
 
 
 @_command.command()
@@ -121,7 +136,8 @@ def check(context: click.Context, /, **flags: Any) -> None:
         click.echo(f"{key.path} = {_shown(key, value)}  ({loaded.origins[key.path]})")
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}")
-    _, faults = examine(loaded.settings, _echo_warning)
+    with privileges.acting_as(_identity(loaded.settings)):
+        _, faults = examine(loaded.settings, _echo_warning)
     if faults:
         fail(*faults)
     click.echo("ok")

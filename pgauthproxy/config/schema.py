@@ -282,6 +282,13 @@ class Settings(_Settings, frozen=True):
     """From accept to AuthenticationOk, all steps together."""
     cancel_timeout: Positive = 10.0
     """For passing on a cancel request."""
+    user: str = ""
+    """Who the gateway becomes once it listens, if root starts it. All that it reads (certificates, users file) must be
+    readable for this user, and authenticators run as it."""
+    group: str = ""
+    """Its group there. Without it: the user's own."""
+    no_new_privs: bool = False
+    """Linux: nothing that the gateway starts gets more rights than it has, by set-user-ID programs for example."""
     drain_timeout: NotNegative = 30.0
     """How long sessions may go on after SIGTERM or SIGINT."""
     close_timeout: Positive = 60.0
@@ -374,6 +381,8 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield f"authenticator.cleartext_password: contradicts authenticator.method {settings.authenticator.method}"
     if any(each.proxy_protocol for each in settings.listeners) and not settings.proxy_protocol_from:
         yield "listen: proxy_protocol needs proxy_protocol_from"
+    if settings.group and not settings.user:
+        yield "group: needs user"
     if settings.throttle.max_delay < settings.throttle.delay:
         yield "throttle.max_delay: is less than throttle.delay"
     if settings.reserved_clients >= settings.max_clients:

@@ -1,6 +1,7 @@
 """Listening: addresses as operators write them, and an accept loop that running out of descriptors cannot spin."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import re
@@ -209,7 +210,6 @@ class Listener:
             self._loop.remove_reader(self._listening)
         self._listening.close()
         if self._path:
-            try:
+            # It may be gone, or its folder not be ours to write: whoever listens there next removes what is stale.
+            with contextlib.suppress(OSError):
                 os.unlink(self._path)
-            except FileNotFoundError:
-                return

@@ -20,7 +20,7 @@ LAYOUT = [
     "net.sockets net.listen net.dial net.tls",
     "gateway.access gateway.limits gateway.throttle gateway.salted_keys gateway.paused",
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel gateway.session",
-    "ops.log",
+    "ops.log ops.privileges",
     "config.schema config.load config.reference",
     "build worker trial",
     "throwaway demo",

@@ -124,6 +124,7 @@ COMPANIONS = {
     "authenticator.kind": {"PGPROXY_AUTHENTICATOR_CMD": "one"},
     "authenticator.workers.min": {"PGPROXY_AUTHENTICATOR_WORKERS_MAX": "50"},
     "reserved_clients": {"PGPROXY_ADMIN_USERS": "root"},
+    "group": {"PGPROXY_USER": "postgres"},
 }
 """What some settings cannot be without."""
 
