@@ -27,6 +27,8 @@ class Networks:
         """Whether a client's address, as `Accepted` has it, is in one of them."""
         if is_local(address):
             return self._local
+        if not self._blocks:
+            return False
         packed = _pack(address)
         version, number = (4 if len(packed) == IPV4_BYTES else 6), int.from_bytes(packed)
         return any(of == version and number & mask == network for of, mask, network in self._blocks)

@@ -18,7 +18,7 @@ from pgauthproxy._digest import md5_answer, md5_password
 from pgauthproxy.auth.model import Authenticator, Denied, Question
 from pgauthproxy.errors import INVALID_AUTHORIZATION, INVALID_PASSWORD, AuthenticatorFault, ClientFault, wrong_password
 from pgauthproxy.gateway.client_leg import ClientPolicy
-from pgauthproxy.gateway.throttle import Blocked, Throttle
+from pgauthproxy.gateway.throttle import Attempt, Blocked, Throttle
 from pgauthproxy.proto import scram
 from pgauthproxy.proto.client_login import MD5_ANSWER, Proof
 from pgauthproxy.secret import Secret
@@ -57,35 +57,38 @@ class Admission:
         """
         if self.policy.method == "cert" and (started.encryption is None or started.encryption.certificate is None):
             raise ClientFault(INVALID_AUTHORIZATION, "connection requires a valid client certificate")
-        if self.throttle is None:
-            return await self._judge(started, client, client_left)
-        self.throttle.check(started)
+        attempt = self.throttle.attempt(started) if self.throttle is not None else None
+        if attempt is None:
+            return await self._judge(started, client, client_left, None)
+        attempt.check()
         try:
-            granted = await self._judge(started, client, client_left)
+            granted = await self._judge(started, client, client_left, attempt)
         except Blocked:
             raise
         except ClientFault as fault:
             if fault.sqlstate in (INVALID_PASSWORD, INVALID_AUTHORIZATION):
-                self.throttle.failed(started)
+                attempt.failed()
             raise
-        self.throttle.succeeded(started)
+        attempt.succeeded()
         return granted
 
-    async def _judge(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+    async def _judge(self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None) -> Granted:
         try:
             if self.policy.method == "scram-sha-256":
-                return await self._by_scram(started, client, client_left)
+                return await self._by_scram(started, client, client_left, attempt)
             if self.policy.method == "cert":
-                return await self._by_certificate(started, client, client_left)
-            return await self._by_password(started, client, client_left)
+                return await self._by_certificate(started, client, client_left, attempt)
+            return await self._by_password(started, client, client_left, attempt)
         except Denied as denied:
             raise wrong_password(started.user, denied.reason, denied.told) from None
 
-    async def _by_password(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+    async def _by_password(
+        self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None
+    ) -> Granted:
         proof = await client.receive_password(started, self.policy)
         client.watch(client_left)
         try:
-            mapping, seconds = await self._ask(Question(started, proof.method, proof.answer, proof.salt))
+            mapping, seconds = await self._ask(Question(started, proof.method, proof.answer, proof.salt), attempt)
         except Denied as denied:
             if denied.verifier is not None:
                 with contextlib.suppress(ClientFault):
@@ -95,15 +98,19 @@ class Admission:
             await _compare(started, mapping.verifier.reveal(), proof)
         return _grant(started, mapping, Password(proof.answer) if proof.method == "cleartext" else None, seconds)
 
-    async def _by_certificate(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+    async def _by_certificate(
+        self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None
+    ) -> Granted:
         client.watch(client_left)
-        mapping, seconds = await self._ask(Question(started, self.policy.method))
+        mapping, seconds = await self._ask(Question(started, self.policy.method), attempt)
         return _grant(started, mapping, None, seconds)
 
-    async def _by_scram(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+    async def _by_scram(
+        self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None
+    ) -> Granted:
         client.watch(client_left)
         try:
-            mapping, seconds = await self._ask(Question(started, self.policy.method))
+            mapping, seconds = await self._ask(Question(started, self.policy.method), attempt)
         except Denied as denied:
             await self._fail_by_scram(started, client, denied.verifier)
             raise
@@ -127,10 +134,13 @@ class Admission:
             if fault.sqlstate != INVALID_PASSWORD:
                 raise
 
-    async def _ask(self, question: Question) -> tuple[Mapping, float]:
-        """What the authenticator answers, and how many seconds it took. Raises Denied and AuthenticatorFault."""
-        if self.throttle is not None:
-            await self.throttle.hold(question.started)
+    async def _ask(self, question: Question, attempt: Attempt | None) -> tuple[Mapping, float]:
+        """What the authenticator answers, and how many seconds it took. Raises Denied and AuthenticatorFault.
+
+        Who is to wait waits before that.
+        """
+        if attempt is not None:
+            await attempt.hold()
         asked = time.monotonic()
         mapping = await self.authenticator.ask(question)
         return mapping, time.monotonic() - asked

@@ -56,21 +56,75 @@ class ThrottleRules:
         return self.delay * 2.0 ** min(failures - self.failures, MOST_DOUBLINGS)
 
 
-class _Keys:
-    """Where a login is counted: its address (unless it has none), its user, and both together."""
+class Attempt:
+    """One login, as the throttle counts it: for its address (unless it has none), its user, and both together."""
 
-    __slots__ = ("address", "pair", "user", "waiting")
+    __slots__ = ("_address", "_ledger", "_now", "_pair", "_rules", "_sink", "_started", "_user")
 
-    def __init__(self, started: Started) -> None:
+    def __init__(
+        self, started: Started, rules: ThrottleRules, ledger: Ledger, sink: Sink, now: Callable[[], float]
+    ) -> None:
         network = network_key(started.accepted.address)
-        self.address = b"a" + network if network else b""
-        self.user = b"u" + started.user
-        self.pair = b"p%d" % len(network) + network + started.user
-        self.waiting = b"w" + (self.address or self.user)
+        self._started = started
+        self._rules = rules
+        self._ledger = ledger
+        self._sink = sink
+        self._now = now
+        self._address = b"a" + network if network else b""
+        self._user = b"u" + started.user
+        self._pair = b"p%d" % len(network) + network + started.user
+
+    def check(self) -> None:
+        """Raises Blocked if its address is refused now."""
+        if self._address and self._ledger.is_blocked(self._address, self._now()):
+            raise Blocked
+
+    async def hold(self) -> None:
+        """Returns once it may be judged. Raises Blocked, and GatewayFault if too many wait already."""
+        self.check()
+        seconds = min(self._rules.max_delay, self._delay())
+        if not seconds:
+            return
+        place = self._ledger.take(b"w" + (self._address or self._user), MOST_WAITING)
+        if place == NONE:
+            raise too_many(f"{MOST_WAITING} logins from here are held up already (throttle)")
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._ledger.give(place)
+        self.check()
+
+    def failed(self) -> None:
+        """Notes a wrong password, or what else was not right. Raises Blocked if its address is refused by now."""
+        rules, now = self._rules, self._now()
+        for key in (self._user, self._pair):
+            self._ledger.fail(key, now, rules.failures, rules.window)
+        if not self._address:
+            return
+        failures = self._ledger.fail(self._address, now, rules.failures, rules.window)
+        if rules.block and rules.delay_after(failures) > rules.max_delay:
+            if not self._ledger.is_blocked(self._address, now):
+                facts = (("client", self._started.accepted.address), ("failures", failures), ("seconds", rules.block))
+                self._sink(Noticed("warning", "address refused for a while", facts))
+            self._ledger.block(self._address, now, now + rules.block)
+        self.check()
+
+    def succeeded(self) -> None:
+        """Notes that it was right. Raises Blocked if its address is refused by now."""
+        self.check()
+        self._ledger.know(self._pair, self._address, self._user, self._now(), self._rules.window)
+
+    def _delay(self) -> float:
+        rules, now = self._rules, self._now()
+        of_user = self._ledger.failures(self._user, now, rules.window)
+        if of_user >= rules.failures and self._ledger.is_known(self._pair):
+            of_user = 0
+        of_address = self._ledger.failures(self._address, now, rules.window) if self._address else 0
+        return rules.delay_after(max(of_user, of_address))
 
 
 class Throttle:
-    """Asked before a login is judged, and told how it went. Networks in `exempt` are neither counted nor held up."""
+    """What logins are held to. Those from networks in `exempt` are neither counted nor held up."""
 
     def __init__(
         self,
@@ -87,66 +141,8 @@ class Throttle:
         self._sink = sink
         self._now = now
 
-    def check(self, started: Started) -> None:
-        """Raises Blocked if this address is refused now."""
-        if (keys := self._keys(started)) is not None:
-            self._refuse_blocked(keys)
-
-    async def hold(self, started: Started) -> None:
-        """Returns once this login may be judged. Raises Blocked, and GatewayFault if too many wait already."""
-        keys = self._keys(started)
-        if keys is None:
-            return
-        self._refuse_blocked(keys)
-        seconds = min(self._rules.max_delay, self._delay(keys))
-        if not seconds:
-            return
-        place = self._ledger.take(keys.waiting, MOST_WAITING)
-        if place == NONE:
-            raise too_many(f"{MOST_WAITING} logins of this address are held up already (throttle)")
-        try:
-            await asyncio.sleep(seconds)
-        finally:
-            self._ledger.give(place)
-        self._refuse_blocked(keys)
-
-    def failed(self, started: Started) -> None:
-        """Notes a wrong password, or what else was not right. Raises Blocked if the address is refused by now."""
-        keys = self._keys(started)
-        if keys is None:
-            return
-        rules, now = self._rules, self._now()
-        for key in (keys.user, keys.pair):
-            self._ledger.fail(key, now, rules.failures, rules.window)
-        if not keys.address:
-            return
-        failures = self._ledger.fail(keys.address, now, rules.failures, rules.window)
-        if rules.block and rules.delay_after(failures) > rules.max_delay:
-            if not self._ledger.is_blocked(keys.address, now):
-                facts = (("client", started.accepted.address), ("failures", failures), ("seconds", rules.block))
-                self._sink(Noticed("warning", "address refused for a while", facts))
-            self._ledger.block(keys.address, now, now + rules.block)
-        self._refuse_blocked(keys)
-
-    def succeeded(self, started: Started) -> None:
-        """Notes a login that was right. Raises Blocked if the address is refused by now."""
-        keys = self._keys(started)
-        if keys is None:
-            return
-        self._refuse_blocked(keys)
-        self._ledger.know(keys.pair, keys.address, keys.user, self._now(), self._rules.window)
-
-    def _keys(self, started: Started) -> _Keys | None:
-        return None if self._exempt.has(started.accepted.address) else _Keys(started)
-
-    def _refuse_blocked(self, keys: _Keys) -> None:
-        if keys.address and self._ledger.is_blocked(keys.address, self._now()):
-            raise Blocked
-
-    def _delay(self, keys: _Keys) -> float:
-        rules, now = self._rules, self._now()
-        of_user = self._ledger.failures(keys.user, now, rules.window)
-        if of_user >= rules.failures and self._ledger.is_known(keys.pair):
-            of_user = 0
-        of_address = self._ledger.failures(keys.address, now, rules.window) if keys.address else 0
-        return rules.delay_after(max(of_user, of_address))
+    def attempt(self, started: Started) -> Attempt | None:
+        """A login that is to be asked and told about; None if it is exempt."""
+        if self._exempt.has(started.accepted.address):
+            return None
+        return Attempt(started, self._rules, self._ledger, self._sink, self._now)

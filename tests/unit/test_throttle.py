@@ -12,7 +12,7 @@ from pgauthproxy.auth.networks import Networks
 from pgauthproxy.errors import INVALID_AUTHORIZATION, TOO_MANY_CONNECTIONS, GatewayFault
 from pgauthproxy.events import Event, Noticed
 from pgauthproxy.gateway import throttle
-from pgauthproxy.gateway.throttle import MOST_WAITING, Blocked, Throttle, ThrottleRules
+from pgauthproxy.gateway.throttle import MOST_WAITING, Attempt, Blocked, Throttle, ThrottleRules
 from pgauthproxy.stages import Accepted, Started
 
 ATTACKER, OTHER, LOCAL = "192.0.2.66:1", "198.51.100.1:1", "[local]"
@@ -42,19 +42,25 @@ class Gate:
     def waits(self, user: str = "alice", address: str = ATTACKER) -> float:
         """How long such a login waits before it is judged."""
         self._waited = 0.0
-        asyncio.run(self.throttle.hold(login(user, address)))
+        if (attempt := self.throttle.attempt(login(user, address))) is not None:
+            asyncio.run(attempt.hold())
         return self._waited
 
     def fail(self, user: str = "alice", address: str = ATTACKER, times: int = 1) -> None:
         for _ in range(times):
-            self.throttle.failed(login(user, address))
+            if (attempt := self.throttle.attempt(login(user, address))) is not None:
+                attempt.failed()
 
     def succeed(self, user: str = "alice", address: str = ATTACKER) -> None:
-        self.throttle.succeeded(login(user, address))
+        attempt = self.throttle.attempt(login(user, address))
+        assert attempt is not None
+        attempt.succeeded()
 
     def is_blocked(self, user: str = "alice", address: str = ATTACKER) -> bool:
+        attempt = self.throttle.attempt(login(user, address))
         try:
-            self.throttle.check(login(user, address))
+            if attempt is not None:
+                attempt.check()
         except Blocked:
             return True
         return False
@@ -193,15 +199,20 @@ def test_only_so_many_logins_of_an_address_wait_at_once() -> None:
     ledger = Ledger()
     held = Throttle(rules, Networks(()), ledger, lambda event: None)
 
+    def attempt(user: str, address: str) -> Attempt:
+        found = held.attempt(login(user, address))
+        assert found is not None
+        return found
+
     async def scenario() -> None:
-        held.failed(login("alice", ATTACKER))
-        waiting = [asyncio.create_task(held.hold(login("alice", ATTACKER))) for _ in range(MOST_WAITING)]
+        attempt("alice", ATTACKER).failed()
+        waiting = [asyncio.create_task(attempt("alice", ATTACKER).hold()) for _ in range(MOST_WAITING)]
         await asyncio.sleep(0)
         with pytest.raises(GatewayFault) as raised:
-            await held.hold(login("bob", ATTACKER))
+            await attempt("bob", ATTACKER).hold()
         assert raised.value.sqlstate == TOO_MANY_CONNECTIONS
-        assert raised.value.detail == "4 logins of this address are held up already (throttle)"
-        waiting.append(asyncio.create_task(held.hold(login("alice", OTHER))))
+        assert raised.value.detail == "4 logins from here are held up already (throttle)"
+        waiting.append(asyncio.create_task(attempt("alice", OTHER).hold()))
         await asyncio.sleep(0)
         assert not any(task.done() for task in waiting)
         for task in waiting:
