@@ -2,7 +2,8 @@
 
 All of it lies in memory that the processes share (a memfd that they inherit, or anonymous memory for one alone), in
 tables of a fixed size, under one mutex. No operation allocates or waits for anything but that mutex, which nobody holds
-for longer than it takes to look through a few lines of memory.
+for longer than it takes to look through a few lines of memory. (A process that is stopped in that moment, by SIGSTOP,
+holds up the others until it goes on or is killed.)
 
 Strategy. A process may be killed at any instruction, also in the middle of an operation. So the mutex is a robust one
 (the next to take it is told, and goes on), and the tables are such that no half-done operation breaks them: nothing
