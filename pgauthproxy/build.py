@@ -2,12 +2,15 @@
 
 import contextlib
 import hashlib
+import os
 import secrets
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from pgauthproxy import _relay
+from pgauthproxy._ledger import Ledger
 from pgauthproxy.auth import references
 from pgauthproxy.auth.cache import CachedAuthenticator
 from pgauthproxy.auth.calls import CallLimits
@@ -15,6 +18,7 @@ from pgauthproxy.auth.chain import ChainAuthenticator
 from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits, SaidSink
 from pgauthproxy.auth.http import HttpAuthenticator, HttpLimits
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
+from pgauthproxy.auth.networks import Networks
 from pgauthproxy.auth.python import PythonAuthenticator
 from pgauthproxy.auth.targets import Target, TargetFault, build_target
 from pgauthproxy.auth.users import UsersAuthenticator, UsersPolicy
@@ -23,6 +27,7 @@ from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink
+from pgauthproxy.gateway.access import Access, Denials
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
@@ -30,6 +35,7 @@ from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.rules import SessionRules
 from pgauthproxy.gateway.session import Gateway, Statements
 from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
+from pgauthproxy.gateway.throttle import Throttle, ThrottleRules
 from pgauthproxy.net.dial import TcpOptions
 from pgauthproxy.net.listen import ListenError, parse_listen
 from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of, resolve
@@ -39,6 +45,9 @@ from pgauthproxy.proto import client_login
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import TargetTls
+
+LEDGER_ENTRIES_OF_A_CLIENT: Final = 8
+"""A user's and an address's, four times over, so that they are found at once."""
 
 
 def tcp_options(settings: Settings) -> TcpOptions:
@@ -328,7 +337,18 @@ def build_client_tls(settings: Settings) -> ClientSide | None:
     )
 
 
-def build_admission(settings: Settings, authenticator: Authenticator) -> Admission:
+def build_throttle(settings: Settings, ledger: Ledger, sink: Sink) -> Throttle | None:
+    """How guessing is made slow; None if it is not."""
+    wanted = settings.throttle
+    if not wanted.failures:
+        return None
+    # A login that waits must still have time to be one.
+    longest = min(wanted.max_delay, settings.login_timeout / 2)
+    rules = ThrottleRules(wanted.failures, wanted.window, wanted.delay, longest, wanted.block)
+    return Throttle(rules, Networks(tuple(wanted.exempt)), ledger, sink)
+
+
+def build_admission(settings: Settings, authenticator: Authenticator, throttle: Throttle | None = None) -> Admission:
     """How clients are let in."""
     policy = ClientPolicy(
         method=settings.method,
@@ -343,6 +363,7 @@ def build_admission(settings: Settings, authenticator: Authenticator) -> Admissi
         policy=policy,
         seed=_made_up_from(settings),
         scram_iterations=settings.authenticator.scram_iterations,
+        throttle=throttle,
     )
 
 
@@ -363,11 +384,21 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
     Faults are a line each; the sink gets what is only to be noted.
     """
     authenticator, faults = None, []
-    for text in settings.listen:
+    for each in settings.listeners:
         try:
-            parse_listen(text)
+            parse_listen(each.address)
         except ListenError as error:
             faults.append(str(error))
+    for name, texts in (
+        ("allow", settings.allow),
+        ("deny", settings.deny),
+        ("proxy_protocol_from", settings.proxy_protocol_from),
+        ("throttle.exempt", settings.throttle.exempt),
+    ):
+        try:
+            Networks(tuple(texts))
+        except ValueError as error:
+            faults.append(f"{name}: {error}")
     try:
         authenticator = build_authenticator(settings, sink)
     except AuthenticatorConfigError as error:
@@ -393,20 +424,42 @@ def build_audit(settings: Settings, complain: Sink) -> AuditSink | None:
     return AuditSink(outlets.outlet_of(audit.file), audit.file, required=audit.required, complain=complain)
 
 
+def build_ledger(settings: Settings, fd: int = -1, slot: int = 0) -> Ledger:
+    """The counts of the gateway: those of a memfd, seen from one worker's slot, or of this process alone."""
+    entries = LEDGER_ENTRIES_OF_A_CLIENT * settings.max_clients
+    return Ledger(fd, slot, entries=entries, failures=settings.throttle.max_entries)
+
+
+def build_limits(settings: Settings, ledger: Ledger) -> Limits:
+    """How many may be here at once."""
+    return Limits(
+        settings.max_clients,
+        settings.max_logins,
+        per_user=settings.max_clients_per_user,
+        per_address=settings.max_clients_per_address,
+        reserved=settings.reserved_clients,
+        reserved_for=frozenset(map(os.fsencode, settings.admin.users)),
+        ledger=ledger,
+    )
+
+
 def build_gateway(
     settings: Settings, authenticator: Authenticator, sink: Sink, audit: AuditSink | None = None
 ) -> Gateway:
     """A gateway that serves nobody yet. Raises TlsConfigError."""
     targets = build_targets(settings)
+    ledger = build_ledger(settings)
     statements = None
     if audit is not None and settings.audit.statements:
         statements = Statements(audit.statement, settings.audit.max_statement)
     return Gateway(
-        admission=build_admission(settings, authenticator),
+        admission=build_admission(settings, authenticator, build_throttle(settings, ledger, sink)),
+        access=Access(settings.allow, settings.deny, settings.proxy_protocol_from),
+        denials=Denials(sink),
         client_tls=build_client_tls(settings),
         targets=targets,
         paused=PausedClients(targets.buffer),
-        limits=Limits(settings.max_clients, settings.max_logins),
+        limits=build_limits(settings, ledger),
         rules=SessionRules(settings.max_session_seconds, settings.idle_timeout, settings.idle_in_transaction_timeout),
         login_timeout=settings.login_timeout,
         cancel_timeout=settings.cancel_timeout,

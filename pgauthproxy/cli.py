@@ -18,7 +18,9 @@ from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
 from pgauthproxy.events import Event, Noticed, to_all
 from pgauthproxy.net import listen
+from pgauthproxy.ops import privileges
 from pgauthproxy.ops.log import LogSink
+from pgauthproxy.ops.privileges import Identity, PrivilegesError
 from pgauthproxy.proto import scram
 from pgauthproxy.terminal import fail, read_password
 from pgauthproxy.users_command import users
@@ -91,14 +93,19 @@ def _command(context: click.Context, /, **flags: Any) -> None:
 def _serve(loaded: Loaded) -> None:
     settings = loaded.settings
     log = LogSink(settings.log.format, settings.log.level)
-    authenticator, faults = examine(settings, log)
+    identity = _identity(settings)
+    with privileges.acting_as(identity):
+        authenticator, faults = examine(settings, log)
     if authenticator is None or faults:
         fail(*faults)
     for warning in loaded.warnings:
         log(Noticed("warning", warning))
     try:
         listening = worker.open_listeners(settings)
-    except listen.ListenError as error:
+        privileges.become(identity)
+        if settings.no_new_privs:
+            privileges.forbid_new()
+    except (listen.ListenError, PrivilegesError) as error:
         fail(str(error))
     audit = build_audit(settings, log)
     if audit is not None:
@@ -118,6 +125,14 @@ def _serve(loaded: Loaded) -> None:
         log.flush()
 
 
+def _identity(settings: schema.Settings) -> Identity | None:
+    """Whom the gateway is to become; ends with one line if it cannot."""
+    try:
+        return privileges.find(settings.user, settings.group)
+    except PrivilegesError as error:
+        fail(str(error))
+
+
 @_command.command()
 @_settings_options
 @click.pass_context
@@ -132,7 +147,8 @@ def check(context: click.Context, /, **flags: Any) -> None:
         click.echo(f"{key.path} = {_shown(key, value)}  ({loaded.origins[key.path]})")
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}")
-    _, faults = examine(loaded.settings, _echo_warning)
+    with privileges.acting_as(_identity(loaded.settings)):
+        _, faults = examine(loaded.settings, _echo_warning)
     if faults:
         fail(*faults)
     click.echo("ok")
@@ -155,8 +171,14 @@ def _shown(key: schema.Key, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(value)
     if isinstance(value, list):
-        return ", ".join(item if isinstance(item, str) else msgspec.json.encode(item).decode() for item in value)
+        return ", ".join(_shown_item(item) for item in value)
     return f"{value}"
+
+
+def _shown_item(item: Any) -> str:
+    if isinstance(item, str | schema.ListenSettings):
+        return str(item)
+    return msgspec.json.encode(item).decode()
 
 
 @_command.command()

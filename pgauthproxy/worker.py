@@ -23,6 +23,7 @@ from pgauthproxy.gateway.session import Gateway, Session, shutting_down
 from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
 from pgauthproxy.net.listen import Listener
+from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.net.tls import TlsConfigError
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.proto import messages
@@ -37,13 +38,14 @@ LOCAL_CLIENT: Final = "[local]"
 MAPPED_PREFIX: Final = "::ffff:"
 
 
-def open_listeners(settings: Settings) -> list[socket.socket]:
+def open_listeners(settings: Settings) -> list[StreamSocket]:
     """Binds everything that is to be listened on, or nothing. Raises ListenError."""
     _fill_standard_descriptors()
-    opened: list[socket.socket] = []
+    opened: list[StreamSocket] = []
     try:
-        for text in settings.listen:
-            opened += listen.open_sockets(listen.parse_listen(text), settings.backlog)
+        for each in settings.listeners:
+            address = listen.parse_listen(each.address)
+            opened += listen.open_sockets(address, settings.backlog, proxy_protocol=each.proxy_protocol)
     except listen.ListenError:
         for listening in opened:
             listening.close()
@@ -57,7 +59,7 @@ def open_listeners(settings: Settings) -> list[socket.socket]:
 def serve(
     settings: Settings,
     authenticator: Authenticator,
-    listening: list[socket.socket],
+    listening: list[StreamSocket],
     sink: Sink,
     audit: AuditSink | None = None,
 ) -> None:
@@ -131,14 +133,14 @@ class Worker:
         self._draining = asyncio.Event()
         self._ended = asyncio.Event()
 
-    async def run(self, listening: list[socket.socket]) -> None:
+    async def run(self, listening: list[StreamSocket]) -> None:
         """Raises AuthenticatorConfigError if the authenticator cannot be started."""
         await self._gateway.admission.authenticator.start()
         self._start(listening)
         await self._draining.wait()
         await self._drain()
 
-    def _start(self, listening: list[socket.socket]) -> None:
+    def _start(self, listening: list[StreamSocket]) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_exception)
         # It may be called by any thread.
@@ -154,16 +156,20 @@ class Worker:
             facts = (("addresses", ", ".join(exposed)), ("remedy", "tls.mode: require"))
             self._sink(Noticed("warning", "passwords cross the network in clear", facts))
 
-    def _accepted(self, connection: socket.socket, peer: Any) -> None:
-        self._sessions_begun += 1
+    def _accepted(self, connection: socket.socket, peer: Any, proxied: bool) -> None:
         address = client_address(peer)
+        if (reason := self._gateway.access.refusal(address, as_balancer=proxied)) is not None:
+            connection.close()
+            self._gateway.denials.note(address, reason)
+            return
+        self._sessions_begun += 1
         try:
             session = Session(self._gateway, self._sessions_begun)
         except GatewayFault as fault:
             self._turn_away(connection, fault)
             self._sink(Refused(Accepted(f"{self._sessions_begun:x}", address), None, fault))
         else:
-            session.begin(connection, address)
+            session.begin(connection, address, proxied=proxied)
 
     def _turn_away(self, connection: socket.socket, fault: GatewayFault) -> None:
         """Tells a client why without waiting for anything; what it sent is read, so that closing does not reset it."""
@@ -246,6 +252,7 @@ class Worker:
         if self._reloading is not None:
             self._reloading.cancel()
             await asyncio.wait([self._reloading])
+        self._gateway.denials.flush()
         self._gateway.targets.warm.close()
         if self._gateway.releasing:
             await asyncio.wait(self._gateway.releasing, timeout=RELEASE_SECONDS)

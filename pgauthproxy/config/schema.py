@@ -16,6 +16,7 @@ from pgauthproxy.auth.targets import TargetSpec
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
+NotNegativeCount = Annotated[int, Meta(ge=0)]
 BoundedBytes = Annotated[int, Meta(ge=1, le=1 << 24)]
 Kind = Literal["command", "worker", "python", "http", "users", "ldap", "jwt", "chain"]
 Method = Literal["md5", "cleartext", "scram-sha-256", "cert", "oauth"]
@@ -380,6 +381,37 @@ class TcpSettings(_Settings, frozen=True):
     ends peers that are alive but do not read for so long, a paused COPY for example."""
 
 
+THIS_MACHINE: Final = ("127.0.0.0/8", "::1", "local")
+
+
+class ThrottleSettings(_Settings, frozen=True):
+    """What is done about those who guess passwords (docs/access.md)."""
+
+    failures: NotNegativeCount = 5
+    """So many refused logins of one address (of IPv6, one /64) or one user within `throttle.window` make further ones
+    wait. 0: none ever does."""
+    window: Positive = 60.0
+    """Seconds. Once they wait, it takes so long without a refusal until they do not any more."""
+    delay: Positive = 1.0
+    """How long the first of them waits; each further refusal doubles it."""
+    max_delay: Positive = 10.0
+    """The longest wait; at most half of `login_timeout`."""
+    block: NotNegative = 300.0
+    """How long an address whose wait would grow beyond that is refused with 28000. 0: it never is. A user never is."""
+    exempt: list[str] = msgspec.field(default_factory=lambda: [*THIS_MACHINE])
+    """Networks whose logins are neither counted nor held up; `local` is Unix sockets. This machine is exempt by itself:
+    what comes from it without a PROXY header may be a balancer with all its clients."""
+    max_entries: Annotated[int, Meta(ge=8, le=1 << 24)] = 65_536
+    """How many addresses and users are remembered, of 48 bytes each; the oldest are forgotten first."""
+
+
+class AdminSettings(_Settings, frozen=True):
+    """Who runs the gateway."""
+
+    users: list[str] = []
+    """Names of users that `reserved_clients` are kept for, as clients log in with them."""
+
+
 class LogSettings(_Settings, frozen=True):
     """What is written to standard error."""
 
@@ -403,20 +435,47 @@ class AuditSettings(_Settings, frozen=True):
     """Bytes of a statement; longer ones are cut."""
 
 
+class ListenSettings(_Settings, frozen=True):
+    """One listener."""
+
+    address: str = ""
+    proxy_protocol: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.address} (PROXY protocol)" if self.proxy_protocol else self.address
+
+
 class Settings(_Settings, frozen=True):
     """All settings."""
 
-    listen: list[str] = msgspec.field(default_factory=lambda: [":5432"])
+    listen: list[str | ListenSettings] = msgspec.field(default_factory=lambda: list[str | ListenSettings]([":5432"]))
     """Where clients connect: `host:port`, `:port` (all interfaces), `[v6]:port`, `unix:/folder:port`, or a list of
-    these."""
+    these. In the file one of a list may be a mapping, `{address: ":6432", proxy_protocol: true}`: there a load balancer
+    says in a header of the PROXY protocol, version 1 or 2, where each client comes from (docs/access.md)."""
+    proxy_protocol_from: list[str] = []
+    """Networks of the load balancers that may do so, `local` for Unix sockets. Others are closed upon there."""
+    allow: list[str] = []
+    """Networks (`10.0.0.0/8`, `2001:db8::/32`, single addresses) that may connect; empty: all. Others are closed upon
+    before a byte is read (docs/access.md). Unix sockets may always, unless `local` is in `deny`."""
+    deny: list[str] = []
+    """Networks that may not connect, whatever `allow` says; `local` is Unix sockets."""
     authenticator: AuthenticatorSettings = AuthenticatorSettings()
     tls: TlsSettings = TlsSettings()
     target: TargetSettings = TargetSettings()
     tcp: TcpSettings = TcpSettings()
     log: LogSettings = LogSettings()
     audit: AuditSettings = AuditSettings()
+    throttle: ThrottleSettings = ThrottleSettings()
+    admin: AdminSettings = AdminSettings()
     max_clients: Count = 10_000
     """Clients at once; more are refused with 53300. Lowered at start to what descriptors allow."""
+    max_clients_per_user: NotNegativeCount = 0
+    """The same for one user, as it logs in here (whatever it becomes at its target), once it has proved who it is.
+    0: no limit of its own."""
+    max_clients_per_address: NotNegativeCount = 0
+    """The same for one address, of IPv6 for one /64. Unix sockets are not counted. 0: no limit of its own."""
+    reserved_clients: NotNegativeCount = 0
+    """How many of `max_clients` are kept for the users of `admin.users`."""
     max_logins: Count = 512
     """Logins in progress at once. When all are taken, the client that has said nothing for longest makes way; where all
     have said who they are, more are refused with 53300. Lowered at start to what descriptors allow."""
@@ -424,6 +483,13 @@ class Settings(_Settings, frozen=True):
     """From accept to AuthenticationOk, all steps together."""
     cancel_timeout: Positive = 10.0
     """For passing on a cancel request."""
+    user: str = ""
+    """Who the gateway becomes once it listens, if root starts it. All that it reads (certificates, users file) must be
+    readable for this user, and authenticators run as it."""
+    group: str = ""
+    """Its group there. Without it: the user's own."""
+    no_new_privs: bool = False
+    """Linux: nothing that the gateway starts gets more rights than it has, by set-user-ID programs for example."""
     drain_timeout: NotNegative = 30.0
     """How long sessions may go on after SIGTERM or SIGINT."""
     max_session_seconds: NotNegative = 0.0
@@ -447,6 +513,11 @@ class Settings(_Settings, frozen=True):
     """Longest password message."""
     max_sasl_message: Annotated[int, Meta(ge=256)] = 1_024
     """Longest message of a SCRAM exchange."""
+
+    @property
+    def listeners(self) -> tuple[ListenSettings, ...]:
+        """`listen`, in one form."""
+        return tuple(ListenSettings(address=each) if isinstance(each, str) else each for each in self.listen)
 
     @property
     def method(self) -> Method:
@@ -538,6 +609,16 @@ def conflicts(settings: Settings) -> Iterator[str]:
     """What does not go together, a line each."""
     if settings.authenticator.cleartext_password and settings.authenticator.method not in (None, "cleartext"):
         yield f"authenticator.cleartext_password: contradicts authenticator.method {settings.authenticator.method}"
+    if any(each.proxy_protocol for each in settings.listeners) and not settings.proxy_protocol_from:
+        yield "listen: proxy_protocol needs proxy_protocol_from"
+    if settings.group and not settings.user:
+        yield "group: needs user"
+    if settings.throttle.max_delay < settings.throttle.delay:
+        yield "throttle.max_delay: is less than throttle.delay"
+    if settings.reserved_clients >= settings.max_clients:
+        yield "reserved_clients: leaves nothing of max_clients"
+    if settings.reserved_clients and not settings.admin.users:
+        yield "reserved_clients: needs admin.users"
     if settings.tls_mode != "disable" and not settings.tls.cert:
         yield f"tls.mode: {settings.tls_mode} needs tls.cert and tls.key"
     if bool(settings.tls.cert) != bool(settings.tls.key):

@@ -26,6 +26,7 @@ from pgauthproxy.errors import (
     wrong_password,
 )
 from pgauthproxy.gateway.client_leg import ClientPolicy
+from pgauthproxy.gateway.throttle import Attempt, Blocked, Throttle
 from pgauthproxy.proto import scram
 from pgauthproxy.proto.client_login import MD5_ANSWER, NO_SALT, Proof
 from pgauthproxy.secret import Secret
@@ -61,28 +62,45 @@ class Admission:
     policy: ClientPolicy
     seed: Secret
     scram_iterations: int
+    throttle: Throttle | None = None
 
     async def admit(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         """The grant, once the client has proved what it must. `client_left` is called if it goes meanwhile.
 
-        Raises ClientFault and AuthenticatorFault.
+        Raises ClientFault, AuthenticatorFault and GatewayFault.
         """
+        attempt = self.throttle.attempt(started) if self.throttle is not None else None
+        if attempt is None:
+            return await self._judge(started, client, client_left, None)
+        attempt.check()
+        try:
+            return await self._judge(started, client, client_left, attempt)
+        except Blocked:
+            raise
+        except ClientFault as fault:
+            if fault.sqlstate in (INVALID_PASSWORD, INVALID_AUTHORIZATION):
+                attempt.failed()
+            raise
+
+    async def _judge(self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None) -> Granted:
         try:
             if self.policy.method == "scram-sha-256":
-                return await self._by_scram(started, client, client_left)
+                return await self._by_scram(started, client, client_left, attempt)
             if self.policy.method == "cert":
-                return await self._by_certificate(started, client, client_left)
+                return await self._by_certificate(started, client, client_left, attempt)
             if self.policy.method == "oauth":
-                return await self._by_token(started, client, client_left)
-            return await self._by_password(started, client, client_left)
+                return await self._by_token(started, client, client_left, attempt)
+            return await self._by_password(started, client, client_left, attempt)
         except Denied as denied:
             raise wrong_password(started.user, denied.reason, denied.told) from None
 
-    async def _by_password(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+    async def _by_password(
+        self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None
+    ) -> Granted:
         proof = await client.receive_password(started, self.policy)
         client.watch(client_left)
         try:
-            mapping, seconds = await self._ask(Question(started, proof.method, proof.answer, proof.salt))
+            mapping, seconds = await self._ask(Question(started, proof.method, proof.answer, proof.salt), attempt)
         except Denied as denied:
             if denied.verifier is not None:
                 with contextlib.suppress(ClientFault):
@@ -90,34 +108,41 @@ class Admission:
             raise
         if mapping.verifier is not None:
             await _compare(started, mapping.verifier.reveal(), proof)
-        return await _grant(started, mapping, Password(proof.answer) if proof.method == "cleartext" else None, seconds)
+        proved = Password(proof.answer) if proof.method == "cleartext" else None
+        return await _grant(started, mapping, proved, seconds, attempt)
 
-    async def _by_certificate(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+    async def _by_certificate(
+        self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None
+    ) -> Granted:
         if started.encryption is None or started.encryption.certificate is None:
             raise ClientFault(INVALID_AUTHORIZATION, "connection requires a valid client certificate")
         client.watch(client_left)
-        mapping, seconds = await self._ask(Question(started, self.policy.method))
-        return await _grant(started, mapping, None, seconds)
+        mapping, seconds = await self._ask(Question(started, self.policy.method), attempt)
+        return await _grant(started, mapping, None, seconds, attempt)
 
-    async def _by_token(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+    async def _by_token(
+        self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None
+    ) -> Granted:
         if started.encryption is None:
             raise ClientFault(INVALID_AUTHORIZATION, "OAuth bearer authentication requires TLS")
         token = await client.receive_token(started, self.policy)
         client.watch(client_left)
         try:
-            mapping, seconds = await self._ask(Question(started, self.policy.method, token, NO_SALT))
+            mapping, seconds = await self._ask(Question(started, self.policy.method, token, NO_SALT), attempt)
         except Denied as denied:
             await client.refuse_token(self.policy)
             raise refused_token(started.user, denied.reason, denied.told) from None
         if mapping.verifier is not None:
             # Nothing holds a token to it, so to go on would let anybody in.
             raise AuthenticatorFault("authenticator gave a _META_SOURCE_VERIFIER that method oauth cannot use")
-        return await _grant(started, mapping, None, seconds)
+        return await _grant(started, mapping, None, seconds, attempt)
 
-    async def _by_scram(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+    async def _by_scram(
+        self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None
+    ) -> Granted:
         client.watch(client_left)
         try:
-            mapping, seconds = await self._ask(Question(started, self.policy.method))
+            mapping, seconds = await self._ask(Question(started, self.policy.method), attempt)
         except Denied as denied:
             await self._fail_by_scram(started, client, denied.verifier)
             raise
@@ -126,7 +151,7 @@ class Admission:
             raise AuthenticatorFault("authenticator gave no _META_SOURCE_VERIFIER that is a SCRAM verifier")
         keys = await client.receive_scram(started, verifier, self.policy)
         proved = ProvedKeys(Secret(keys.client), Secret(keys.server), verifier.salt, verifier.iterations)
-        return await _grant(started, mapping, proved, seconds)
+        return await _grant(started, mapping, proved, seconds, attempt)
 
     async def _fail_by_scram(self, started: Started, client: Client, like: Secret | None) -> None:
         """The same exchange as for anybody, so that nobody learns who exists, with a verifier that nothing fits."""
@@ -141,8 +166,13 @@ class Admission:
             if fault.sqlstate != INVALID_PASSWORD:
                 raise
 
-    async def _ask(self, question: Question) -> tuple[Mapping, float]:
-        """What the authenticator answers, and how many seconds it took. Raises Denied and AuthenticatorFault."""
+    async def _ask(self, question: Question, attempt: Attempt | None) -> tuple[Mapping, float]:
+        """What the authenticator answers, and how many seconds it took. Raises Denied and AuthenticatorFault.
+
+        Who is to wait waits before that.
+        """
+        if attempt is not None:
+            await attempt.hold()
         asked = time.monotonic()
         mapping = await self.authenticator.ask(question)
         return mapping, time.monotonic() - asked
@@ -163,11 +193,19 @@ async def _compare(started: Started, verifier: bytes, proof: Proof) -> None:
         raise wrong_password(started.user, "wrong password")
 
 
-async def _grant(started: Started, mapping: Mapping, proved: Password | ProvedKeys | None, seconds: float) -> Granted:
+async def _grant(
+    started: Started,
+    mapping: Mapping,
+    proved: Password | ProvedKeys | None,
+    seconds: float,
+    attempt: Attempt | None,
+) -> Granted:
     """The grant, with the credential for the target: the mapping's, or what the client proved if that is asked for.
 
     Nothing is waited for once a credential was lent: a grant that is cancelled then would keep it.
     """
+    if attempt is not None:
+        attempt.succeeded()
     if isinstance(mapping.credential, Leased):
         mapping, seconds = await _borrow(mapping, mapping.credential, seconds)
     credential = mapping.credential

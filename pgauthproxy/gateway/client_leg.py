@@ -6,7 +6,7 @@ from typing import Final
 
 from pgauthproxy.errors import PROTOCOL_VIOLATION, ClientFault, Fault, TlsError
 from pgauthproxy.gateway.leg import Leg
-from pgauthproxy.proto import client_login, messages, scram, startup
+from pgauthproxy.proto import client_login, messages, proxy_header, scram, startup
 from pgauthproxy.proto.client_login import Proof
 from pgauthproxy.proto.startup import CancelRequest, StartupMessage
 from pgauthproxy.proto.steps import TlsSide
@@ -34,6 +34,10 @@ class ClientPolicy:
 
 class ClientLeg(Leg):
     """Reads what the client wants and how it proves itself; tells it why not."""
+
+    async def receive_proxy_header(self) -> str:
+        """Where a load balancer says that the client comes from; empty if the connection's own address is meant."""
+        return await self.drive(proxy_header.receive_proxy_header(self.framer))
 
     async def receive_startup(
         self, policy: ClientPolicy, tls: TlsSide | None, *, local: bool

@@ -14,6 +14,7 @@ from typing import Final
 
 from pgauthproxy import _relay
 from pgauthproxy._observe import Observer
+from pgauthproxy.auth.networks import is_local
 from pgauthproxy.errors import (
     ADMIN_SHUTDOWN,
     CANNOT_CONNECT_NOW,
@@ -24,10 +25,11 @@ from pgauthproxy.errors import (
 )
 from pgauthproxy.events import Cancelled, CloseReason, Ended, LoggedIn, Refused, Sink
 from pgauthproxy.gateway import cancel
+from pgauthproxy.gateway.access import Access, Denials
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
-from pgauthproxy.gateway.limits import Limits
+from pgauthproxy.gateway.limits import Limits, Place
 from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.rules import Breach, SessionRules, Watch
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
@@ -50,6 +52,8 @@ class Gateway:
     """What all sessions of a process share. Times in seconds."""
 
     admission: Admission
+    access: Access
+    denials: Denials
     client_tls: TlsSide | None
     targets: Targets
     limits: Limits
@@ -77,6 +81,7 @@ class Gateway:
 
 
 NOWHERE: Final = Address("", 0)
+NOBODY: Final = Accepted("", "")
 
 
 def shutting_down() -> GatewayFault:
@@ -88,6 +93,7 @@ class Session:
     """One client and its target. States, in order: logging in, relaying, closing (`_reason` is set), over."""
 
     __slots__ = (
+        "_accepted",
         "_began",
         "_cause",
         "_client",
@@ -95,9 +101,9 @@ class Session:
         "_detail",
         "_ends_lost",
         "_gateway",
-        "_is_client",
         "_lease",
         "_number",
+        "_place",
         "_reason",
         "_started",
         "_target_end",
@@ -117,6 +123,7 @@ class Session:
         gateway.sessions.add(self)
         self._gateway = gateway
         self._number = number
+        self._accepted = NOBODY
         self._began = time.monotonic()
         self._client: ClientLeg | None = None
         self._client_end: _relay.End | None = None
@@ -129,7 +136,7 @@ class Session:
         self._reason: CloseReason | None = None
         self._detail = ""
         self._ends_lost = 0
-        self._is_client = False
+        self._place: Place | None = None
         self._lease: Lease | None = None
         self.cancel_key = b""
         self.cancelling = False
@@ -142,14 +149,15 @@ class Session:
         """As in the logs, and as the authenticator gets it."""
         return f"{self._number:x}"
 
-    def begin(self, connection: socket.socket, address: str) -> None:
-        """Takes over an accepted, non-blocking socket."""
+    def begin(self, connection: socket.socket, address: str, *, proxied: bool) -> None:
+        """Takes over an accepted, non-blocking socket. `proxied`: the PROXY protocol is spoken on it first."""
         loop = asyncio.get_running_loop()
         deadline = GatewayFault(
             INVALID_AUTHORIZATION, "canceling authentication due to timeout", "login_timeout: the login took too long"
         )
         self._timer = loop.call_later(self._gateway.login_timeout, self.refuse_login, deadline)
-        self._task = loop.create_task(self._run(connection, Accepted(self.id, address)))
+        self._accepted = Accepted(self.id, address)
+        self._task = loop.create_task(self._run(connection, proxied))
 
     def refuse_login(self, fault: Fault) -> None:
         """Ends a login from outside; a session that has logged in is left alone."""
@@ -171,18 +179,18 @@ class Session:
             self._target_end.send(messages.terminate())
         self._close(reason)
 
-    async def _run(self, connection: socket.socket, accepted: Accepted) -> None:
+    async def _run(self, connection: socket.socket, proxied: bool) -> None:
         """The login, and what becomes of it."""
         relaying = False
         try:
-            relaying = await self.log_in(connection, accepted)
+            relaying = await self.log_in(connection, proxied)
         except Fault as fault:
-            self._refuse(accepted, fault)
+            self._refuse(fault)
         except asyncio.CancelledError:
-            self._refuse(accepted, self._cause or shutting_down())
+            self._refuse(self._cause or shutting_down())
         except Exception as error:  # a bug of ours costs one login and is told to its client and the log
             what = f"internal error: {type(error).__name__}"
-            self._refuse(accepted, GatewayFault(INTERNAL_ERROR, "internal error of the gateway", what))
+            self._refuse(GatewayFault(INTERNAL_ERROR, "internal error of the gateway", what))
             raise
         finally:
             self._task = None
@@ -190,25 +198,28 @@ class Session:
             if not relaying:
                 self._over()
 
-    async def log_in(self, connection: socket.socket, accepted: Accepted) -> bool:
-        """Steps 1 to 7. True if the session relays now, False if it was a cancel request. Raises Fault."""
+    async def log_in(self, connection: socket.socket, proxied: bool) -> bool:
+        """Steps 1 to 7. True if the session relays now, False if no session was wanted, or allowed. Raises Fault."""
         gateway = self._gateway
         client = self._client = ClientLeg(connection, gateway.targets.buffer)
 
-        local = connection.family == socket.AF_UNIX
+        if proxied and not await self._learn_address(client):
+            return False
+        accepted = self._accepted
+        local = is_local(accepted.address)
         wanted = await client.receive_startup(gateway.admission.policy, gateway.client_tls, local=local)
         gateway.limits.named(self._number)
         if isinstance(wanted, CancelRequest):
-            await self._cancel(client, wanted, accepted)
+            await self._cancel(client, wanted)
             return False
         started = self._started = Started(accepted, wanted.parameters, wanted.encryption)
-        gateway.limits.begin_client()
-        self._is_client = True
+        place = self._place = gateway.limits.begin_client(started.user, accepted.address)
         if gateway.check_logins is not None:
             gateway.check_logins()
 
         granted = await gateway.admission.admit(started, client, self._client_left)
         self._lease = granted.mapping.lease
+        gateway.limits.prove(place, started.user)
         attached, target = await gateway.targets.attach(granted)
         try:
             self._attach(client, target, attached, wanted.minor)
@@ -217,11 +228,23 @@ class Session:
             raise
         return True
 
+    async def _learn_address(self, client: ClientLeg) -> bool:
+        """Takes over the address that a load balancer says. False if that may not connect: closed without a word."""
+        address = await client.receive_proxy_header()
+        if not address:
+            return True
+        self._accepted = Accepted(self.id, address)
+        if (reason := self._gateway.access.refusal(address)) is None:
+            return True
+        self._gateway.denials.note(address, reason)
+        client.close()
+        return False
+
     def _client_left(self) -> None:
         assert self._client is not None  # noqa: S101 (its watcher calls this)
         self.refuse_login(self._client.gone_fault())
 
-    async def _cancel(self, client: ClientLeg, request: CancelRequest, accepted: Accepted) -> None:
+    async def _cancel(self, client: ClientLeg, request: CancelRequest) -> None:
         """A cancel request is a connection of its own: it is answered by being closed."""
         gateway = self._gateway
         session = gateway.keys.find(request.key)
@@ -231,7 +254,7 @@ class Session:
                 outcome = await cancel.forward(session, gateway.cancel_timeout, gateway.targets)
         finally:
             client.close()
-        gateway.sink(Cancelled(accepted.address, session.id if session else "", outcome))
+        gateway.sink(Cancelled(self._accepted.address, session.id if session else "", outcome))
 
     def _attach(self, client: ClientLeg, target: TargetLeg, attached: Attached, minor: int) -> None:
         """Steps 7 and 8: lets the client in and sets the two ends back to back."""
@@ -258,6 +281,7 @@ class Session:
         # What belongs to the login alone is not kept for the session's life.
         self._client = None
         self._started = None
+        self._accepted = NOBODY
         if self._lease is not None:
             self._lease.watch(self._lease_ended)
 
@@ -338,11 +362,11 @@ class Session:
             if end is not None:
                 end.transport.abort()
 
-    def _refuse(self, accepted: Accepted, fault: Fault) -> None:
+    def _refuse(self, fault: Fault) -> None:
         """Ends a login that failed: the client is told what it may know, the log the rest."""
         if self._client is not None:
             self._client.refuse(fault)
-        self._gateway.sink(Refused(accepted, self._started, fault))
+        self._gateway.sink(Refused(self._accepted, self._started, fault))
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -358,8 +382,8 @@ class Session:
         if self._lease is not None:
             gateway.give_back(self._lease)
             self._lease = None
-        if self._is_client:
-            gateway.limits.end_client()
+        if self._place is not None:
+            gateway.limits.end_client(self._place)
         gateway.sessions.discard(self)
         if not gateway.sessions and gateway.idle is not None:
             gateway.idle()

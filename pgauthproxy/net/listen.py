@@ -1,6 +1,7 @@
 """Listening: addresses as operators write them, and an accept loop that running out of descriptors cannot spin."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import re
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pgauthproxy.net import sockets
+from pgauthproxy.net.sockets import StreamSocket
 
 MOST_ACCEPTS_AT_ONCE: Final = 4
 """A crowd is let in by a few at a time, between which all others get their turn."""
@@ -53,8 +55,15 @@ def parse_listen(text: str) -> ListenAddress:
     return ListenAddress(matched[1] or matched[2] or "", matched[3])
 
 
-def open_sockets(address: ListenAddress, backlog: int) -> list[socket.socket]:
+def open_sockets(address: ListenAddress, backlog: int, *, proxy_protocol: bool = False) -> list[StreamSocket]:
     """Binds and listens; several sockets for a name with several addresses. Raises ListenError."""
+    opened = _open(address, backlog)
+    for listening in opened:
+        listening.proxy_protocol = proxy_protocol
+    return opened
+
+
+def _open(address: ListenAddress, backlog: int) -> list[StreamSocket]:
     try:
         if address.folder:
             return [_open_unix(address, backlog)]
@@ -67,9 +76,9 @@ def open_sockets(address: ListenAddress, backlog: int) -> list[socket.socket]:
         raise ListenError(f"listen: {where}: {reason}") from error
 
 
-def _open_named(address: ListenAddress, backlog: int) -> list[socket.socket]:
+def _open_named(address: ListenAddress, backlog: int) -> list[StreamSocket]:
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    opened: list[socket.socket] = []
+    opened: list[StreamSocket] = []
     try:
         for family, where in dict.fromkeys((family, where) for family, _, _, _, where in found):
             opened.append(_open_tcp(family, where, backlog, v6_only=True))
@@ -80,7 +89,7 @@ def _open_named(address: ListenAddress, backlog: int) -> list[socket.socket]:
     return opened
 
 
-def _open_all_interfaces(address: ListenAddress, backlog: int) -> socket.socket:
+def _open_all_interfaces(address: ListenAddress, backlog: int) -> StreamSocket:
     """One socket for both address families, or for IPv4 alone where there is no other."""
     port = int(address.port) if address.port.isdigit() else socket.getservbyname(address.port, "tcp")
     if socket.has_dualstack_ipv6():
@@ -88,7 +97,7 @@ def _open_all_interfaces(address: ListenAddress, backlog: int) -> socket.socket:
     return _open_tcp(socket.AF_INET, ("0.0.0.0", port), backlog, v6_only=False)  # noqa: S104 (asked for)
 
 
-def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool) -> socket.socket:
+def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool) -> StreamSocket:
     listening = sockets.make(family)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -102,7 +111,7 @@ def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool) -> soc
     return listening
 
 
-def _open_unix(address: ListenAddress, backlog: int) -> socket.socket:
+def _open_unix(address: ListenAddress, backlog: int) -> StreamSocket:
     """Like PostgreSQL's, the socket may be used by everybody: who gets in is decided at login."""
     path = address.socket_path
     _remove_stale(path)
@@ -139,8 +148,10 @@ def describe(listening: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def is_local(listening: socket.socket) -> bool:
-    """Whether nobody but this machine reaches it."""
+def is_local(listening: StreamSocket) -> bool:
+    """Whether nobody but this machine reaches it; whom a load balancer brings may come from anywhere."""
+    if listening.proxy_protocol:
+        return False
     if listening.family == socket.AF_UNIX:
         return True
     host: str = listening.getsockname()[0]
@@ -152,8 +163,8 @@ class Listener:
 
     def __init__(
         self,
-        listening: socket.socket,
-        accepted: Callable[[socket.socket, Any], None],
+        listening: StreamSocket,
+        accepted: Callable[[socket.socket, Any, bool], None],
         starved: Callable[[OSError], None],
     ) -> None:
         self._listening = listening
@@ -179,7 +190,7 @@ class Listener:
                     return
                 # That one client is gone again: its reset came before its turn.
                 continue
-            self._accepted(connection, peer)
+            self._accepted(connection, peer, self._listening.proxy_protocol)
         self._at_once = min(2 * self._at_once, MOST_ACCEPTS_AT_ONCE)
 
     def _pause(self, error: OSError) -> None:
@@ -200,7 +211,6 @@ class Listener:
             self._loop.remove_reader(self._listening)
         self._listening.close()
         if self._path:
-            try:
+            # It may be gone, or its folder not be ours to write: whoever listens there next removes what is stale.
+            with contextlib.suppress(OSError):
                 os.unlink(self._path)
-            except FileNotFoundError:
-                return

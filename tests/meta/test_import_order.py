@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
     "errors secret private_file stages events",
-    "_wire _digest _tls _observe _relay _spawn",
-    "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_tls proto.target_login",
+    "_wire _digest _tls _observe _relay _spawn _ledger",
+    "proto.steps proto.messages proto.proxy_header proto.startup",
+    "proto.scram proto.client_login proto.target_tls proto.target_login",
     "authoring",
     "auth.model auth.fields auth.references auth.targets",
     "auth.yaml_lines auth.networks auth.certificates auth.users_file auth.users_edit auth.users",
@@ -20,9 +21,9 @@ LAYOUT = [
     "auth.typed rehearsal authenticator auth.calls auth.python auth.http_json auth.http",
     "net.sockets net.listen net.dial net.tls",
     "auth.https auth.keysets auth.jwt auth.directory auth.ldap auth.vault_client auth.vault",
-    "gateway.limits gateway.rules gateway.salted_keys gateway.paused",
+    "gateway.access gateway.limits gateway.throttle gateway.rules gateway.salted_keys gateway.paused",
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel gateway.session",
-    "ops.log ops.outlets ops.audit",
+    "ops.log ops.outlets ops.audit ops.privileges",
     "config.schema config.load config.reference",
     "build worker trial",
     "throwaway demo",

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from pgauthproxy.throwaway import UNPRIVILEGED_USER, ThrowawayPostgres
-from tests.conftest import HBA, ROLES, WAIT_SECONDS, Gateway, StartGateway
+from tests.conftest import HBA, ROLES, SETTINGS, WAIT_SECONDS, Gateway, StartGateway
 from tests.tls import HOST, Authority
 from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, message, password, query, startup
 
@@ -76,7 +76,7 @@ def write_mapped(script: Path, port: int) -> Path:
 def running_gateway(folder: Path, cmd: Path, **settings: Any) -> Iterator[Gateway]:
     """A gateway that lives as long as the block; it must end with status 0 and without an internal error."""
     authenticator = {"cmd": [str(cmd)], **settings.pop("authenticator", {})}
-    content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": authenticator, **settings}
+    content = {**SETTINGS, "authenticator": authenticator, **settings}
     config, log = folder / "gateway.yaml", folder / "gateway.log"
     config.write_text(yaml.safe_dump(content))
     command = [sys.executable, "-m", "pgauthproxy", "--config", str(config), "--log-format", "json"]

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pgauthproxy.throwaway import ThrowawayPostgres, free_port
-from tests.conftest import Gateway
+from tests.conftest import SETTINGS, Gateway
 from tests.system.conftest import wait_until
 from tests.wire import RESET_ON_CLOSE, SSL_REQUEST, RawClient, error_fields, message, password, query, startup
 
@@ -191,7 +191,7 @@ def left_by(tmp_path: Path, postgres: ThrowawayPostgres) -> Callable[..., Left]:
     def run(kinds: tuple[Callable[[int], None], ...], sessions: int, **settings: object) -> Left:
         config, log, counted = (tmp_path / f"{sessions}.{name}" for name in ("yaml", "log", "counted"))
         authenticator = {"cmd": str(script), "max_parallel": MAX_PARALLEL}
-        content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": authenticator, **settings}
+        content = {**SETTINGS, "authenticator": authenticator, **settings}
         config.write_text(yaml.safe_dump(content))
         flags = ["--config", str(config), "--log-format", "json"]
         with log.open("wb") as output:

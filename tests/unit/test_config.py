@@ -126,6 +126,8 @@ COMPANIONS = {
     "tls.client_cert": {"PGPROXY_TLS_CLIENT_CA": "ca.crt"},
     "authenticator.kind": {"PGPROXY_AUTHENTICATOR_CMD": "one"},
     "authenticator.workers.min": {"PGPROXY_AUTHENTICATOR_WORKERS_MAX": "50"},
+    "reserved_clients": {"PGPROXY_ADMIN_USERS": "root"},
+    "group": {"PGPROXY_USER": "postgres"},
 }
 """What some settings cannot be without."""
 
@@ -208,6 +210,16 @@ def test_a_command_is_a_list_or_one_string_that_no_shell_reads(loaded: Load, con
 )
 def test_listen_is_one_address_or_several(loaded: Load, content: str, listen: list[str]) -> None:
     assert loaded(content).settings.listen == listen
+
+
+def test_one_of_several_addresses_may_be_a_mapping(loaded: Load) -> None:
+    content = "listen: ['127.0.0.1:5432', {Address: ':6432', PROXY_protocol: true}]\nproxy_protocol_from: 10.0.0.1"
+    settings = loaded(content).settings
+    assert [(each.address, each.proxy_protocol) for each in settings.listeners] == [
+        ("127.0.0.1:5432", False),
+        (":6432", True),
+    ]
+    assert settings.proxy_protocol_from == ["10.0.0.1"]
 
 
 @pytest.mark.parametrize(
@@ -295,6 +307,7 @@ def test_a_number_may_stand_in_quotes(loaded: Load) -> None:
         ("authenticator: {command: x}", "unknown key authenticator.command, did you mean authenticator.cmd?"),
         ("cleartext_password: true", "unknown key cleartext_password, did you mean authenticator.cleartext_password?"),
         ("listen: {port: 1}", "unknown key listen.port, did you mean listen?"),
+        ("listen: [{adress: ':1'}]", "listen: unknown key adress, did you mean address?"),
         ("Max_Client: 1", "unknown key max_client, did you mean max_clients?"),
         ("xyzzy: 1", "unknown key xyzzy"),
         ("1: 2", "unknown key 1"),
