@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from pgauthproxy import trial, worker
 from pgauthproxy._digest import md5_password
@@ -157,7 +158,17 @@ def _shown(key: schema.Key, value: Any) -> str:
         return "true" if value else "false"
     if key.path == "authenticator.chain":
         return ", ".join(link.decided_kind or "nothing" for link in value)
-    return ", ".join(map(str, value)) if isinstance(value, list | dict) else f"{value}"
+    if isinstance(value, dict):
+        return ", ".join(value)
+    if isinstance(value, list):
+        return ", ".join(_shown_item(item) for item in value)
+    return f"{value}"
+
+
+def _shown_item(item: Any) -> str:
+    if isinstance(item, str | schema.ListenSettings):
+        return str(item)
+    return msgspec.json.encode(item).decode()
 
 
 @_command.command()

@@ -33,7 +33,7 @@ from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.startup import CancelRequest
 from pgauthproxy.proto.steps import TlsPlan, TlsSide
-from pgauthproxy.stages import Accepted, Address, Attached, Started
+from pgauthproxy.stages import Accepted, Address, Attached, Lease, Started
 
 
 @dataclass(slots=True)
@@ -54,8 +54,15 @@ class Gateway:
     keys: CancelKeys = field(default_factory=CancelKeys)
     sessions: "set[Session]" = field(default_factory=set)
     draining: bool = False
+    releasing: set[asyncio.Task[None]] = field(default_factory=set)
+    """What sessions give back, on its way."""
     idle: Callable[[], None] | None = None
     """Called whenever the last session is over."""
+
+    def give_back(self, lease: Lease) -> None:
+        task = asyncio.get_running_loop().create_task(lease.release())
+        self.releasing.add(task)
+        task.add_done_callback(self.releasing.discard)
 
 
 NOWHERE: Final = Address("", 0)
@@ -79,6 +86,7 @@ class Session:
         "_detail",
         "_ends_lost",
         "_gateway",
+        "_lease",
         "_number",
         "_place",
         "_reason",
@@ -112,6 +120,7 @@ class Session:
         self._detail = ""
         self._ends_lost = 0
         self._place: Place | None = None
+        self._lease: Lease | None = None
         self.cancel_key = b""
         self.cancelling = False
         self.target_key = b""
@@ -185,6 +194,7 @@ class Session:
         place = self._place = gateway.limits.begin_client(started.user, accepted.address)
 
         granted = await gateway.admission.admit(started, client, self._client_left)
+        self._lease = granted.mapping.lease
         gateway.limits.prove(place, started.user)
         attached, target = await gateway.targets.attach(granted)
         try:
@@ -247,6 +257,11 @@ class Session:
         self._client = None
         self._started = None
         self._accepted = NOBODY
+        if self._lease is not None:
+            self._lease.watch(self._lease_ended)
+
+    def _lease_ended(self) -> None:
+        self.end(CloseReason.LEASE_ENDED, b"terminating connection: the lease of its credential has ended")
 
     def target_finished(self) -> None:
         """The target has said its last word: an `End` reports it."""
@@ -314,6 +329,9 @@ class Session:
         self._client = None
         self._cause = None
         gateway = self._gateway
+        if self._lease is not None:
+            gateway.give_back(self._lease)
+            self._lease = None
         if self._place is not None:
             gateway.limits.end_client(self._place)
         gateway.sessions.discard(self)

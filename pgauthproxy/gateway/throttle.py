@@ -59,7 +59,7 @@ class ThrottleRules:
 class Attempt:
     """One login, as the throttle counts it: for its address (unless it has none), its user, and both together."""
 
-    __slots__ = ("_address", "_ledger", "_now", "_pair", "_rules", "_sink", "_started", "_user")
+    __slots__ = ("_address", "_asked", "_ledger", "_now", "_pair", "_rules", "_sink", "_started", "_user")
 
     def __init__(
         self, started: Started, rules: ThrottleRules, ledger: Ledger, sink: Sink, now: Callable[[], float]
@@ -70,6 +70,7 @@ class Attempt:
         self._ledger = ledger
         self._sink = sink
         self._now = now
+        self._asked = False
         self._address = b"a" + network if network else b""
         self._user = b"u" + started.user
         self._pair = b"p%d" % len(network) + network + started.user
@@ -81,6 +82,7 @@ class Attempt:
 
     async def hold(self) -> None:
         """Returns once it may be judged. Raises Blocked, and GatewayFault if too many wait already."""
+        self._asked = True
         self.check()
         seconds = min(self._rules.max_delay, self._delay())
         if not seconds:
@@ -95,7 +97,13 @@ class Attempt:
         self.check()
 
     def failed(self) -> None:
-        """Notes a wrong password, or what else was not right. Raises Blocked if its address is refused by now."""
+        """Notes a wrong password, or what else was not right. Raises Blocked if its address is refused by now.
+
+        What was refused before anything could be judged (`hold`) is no guess: a client without a certificate, or one
+        that asks where tokens are given.
+        """
+        if not self._asked:
+            return
         rules, now = self._rules, self._now()
         for key in (self._user, self._pair):
             self._ledger.fail(key, now, rules.failures, rules.window)

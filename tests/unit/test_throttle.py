@@ -49,6 +49,7 @@ class Gate:
     def fail(self, user: str = "alice", address: str = ATTACKER, times: int = 1) -> None:
         for _ in range(times):
             if (attempt := self.throttle.attempt(login(user, address))) is not None:
+                asyncio.run(attempt.hold())
                 attempt.failed()
 
     def succeed(self, user: str = "alice", address: str = ATTACKER) -> None:
@@ -91,6 +92,14 @@ def test_the_wait_doubles_until_the_address_is_refused_for_a_while(gate: Gate) -
     assert gate.waits() == 4
     gate.now += 61
     assert gate.waits() == 0
+
+
+def test_what_nobody_was_asked_about_is_no_failure(gate: Gate) -> None:
+    for _ in range(100):
+        attempt = gate.throttle.attempt(login("alice", ATTACKER))
+        assert attempt is not None
+        attempt.failed()
+    assert (gate.waits(), gate.is_blocked()) == (0, False)
 
 
 def test_failures_far_apart_hold_up_nobody(gate: Gate) -> None:
@@ -150,9 +159,16 @@ def test_the_failures_of_an_attacker_stay_when_the_user_logs_in_elsewhere(gate: 
 
 
 def test_what_was_under_way_when_the_address_is_refused_learns_nothing(gate: Gate) -> None:
+    under_way = [gate.throttle.attempt(login("alice", ATTACKER)) for _ in range(2)]
+    for attempt in under_way:
+        assert attempt is not None
+        asyncio.run(attempt.hold())
     with pytest.raises(Blocked):
         gate.fail(times=6)
-    for outcome in (gate.fail, gate.succeed):
+    wrong, right = under_way
+    assert wrong is not None
+    assert right is not None
+    for outcome in (wrong.failed, right.succeeded):
         with pytest.raises(Blocked):
             outcome()
     assert not gate.throttle._ledger.is_known(b"p4" + bytes([192, 0, 2, 66]) + b"alice")
@@ -205,7 +221,9 @@ def test_only_so_many_logins_of_an_address_wait_at_once() -> None:
         return found
 
     async def scenario() -> None:
-        attempt("alice", ATTACKER).failed()
+        first = attempt("alice", ATTACKER)
+        await first.hold()
+        first.failed()
         waiting = [asyncio.create_task(attempt("alice", ATTACKER).hold()) for _ in range(MOST_WAITING)]
         await asyncio.sleep(0)
         with pytest.raises(GatewayFault) as raised:
