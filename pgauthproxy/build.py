@@ -18,7 +18,7 @@ from pgauthproxy.auth.worker import WorkerAuthenticator, WorkerLimits
 from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import AuthenticatorFault
-from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink
+from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink, ignore
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
@@ -26,7 +26,7 @@ from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.session import Gateway
 from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
-from pgauthproxy.net.listen import ListenError, parse_listen
+from pgauthproxy.net.listen import ListenError, parse_admin_listen, parse_listen
 from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of, resolve
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.secret import Secret
@@ -130,7 +130,7 @@ def fault_of_targets(settings: Settings) -> TlsFault:
     return fault
 
 
-def build_targets(settings: Settings) -> Targets:
+def build_targets(settings: Settings, sink: Sink = ignore) -> Targets:
     """The way to targets, with the buffer that all sessions forward through."""
     target = settings.target
     major, minor = map(int, target.protocol.split("."))
@@ -149,7 +149,7 @@ def build_targets(settings: Settings) -> Targets:
         ),
         tcp=tcp_options(settings),
     )
-    return Targets(policy, _relay.ForwardBuffer(settings.buffer_size))
+    return Targets(policy, _relay.ForwardBuffer(settings.buffer_size), sink)
 
 
 def target_tls(settings: Settings) -> TargetTls:
@@ -222,6 +222,11 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
         except ListenError as error:
             faults.append(str(error))
     try:
+        if settings.admin.listen:
+            parse_admin_listen(settings.admin.listen)
+    except ListenError as error:
+        faults.append(f"admin.{error}")
+    try:
         authenticator = build_authenticator(settings, sink)
     except AuthenticatorConfigError as error:
         faults += error.faults
@@ -238,7 +243,7 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
 
 def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) -> Gateway:
     """A gateway that serves nobody yet. Raises TlsConfigError."""
-    targets = build_targets(settings)
+    targets = build_targets(settings, sink)
     return Gateway(
         admission=build_admission(settings, authenticator),
         client_tls=build_client_tls(settings),

@@ -97,10 +97,11 @@ def _serve(loaded: Loaded) -> None:
         sink(Noticed("warning", warning))
     try:
         listening = worker.open_listeners(settings)
+        admin_listening = worker.open_admin_listeners(settings)
     except listen.ListenError as error:
         fail(str(error))
     try:
-        worker.serve(settings, authenticator, listening, sink)
+        worker.serve(settings, authenticator, listening, admin_listening, sink)
     except AuthenticatorConfigError as error:
         fail(*error.faults)
     finally:

@@ -6,7 +6,7 @@ from enum import StrEnum
 import msgspec
 
 from pgauthproxy.errors import Fault
-from pgauthproxy.stages import Accepted, Attached, Started
+from pgauthproxy.stages import Accepted, Address, Attached, Started
 
 
 class CloseReason(StrEnum):
@@ -18,6 +18,7 @@ class CloseReason(StrEnum):
     TARGET_LOST = "target connection lost"
     TIME_LIMIT = "time limit reached"
     SHUTDOWN = "gateway shut down"
+    KILLED = "ended by an administrator"
 
 
 class LoggedIn(msgspec.Struct, frozen=True):
@@ -54,6 +55,14 @@ class Cancelled(msgspec.Struct, frozen=True):
     outcome: str
 
 
+class TargetFailed(msgspec.Struct, frozen=True):
+    """An attempt at a target came to nothing. `answered`: it was reached, and said no."""
+
+    target: Address
+    answered: bool
+    detail: str
+
+
 class AuthenticatorSaid(msgspec.Struct, frozen=True):
     """What an authenticator wrote to its standard error: its lines, and how many bytes were dropped."""
 
@@ -70,8 +79,18 @@ class Noticed(msgspec.Struct, frozen=True):
     facts: tuple[tuple[str, object], ...] = ()
 
 
-Event = LoggedIn | Refused | Ended | Cancelled | AuthenticatorSaid | Noticed
+Event = LoggedIn | Refused | Ended | Cancelled | TargetFailed | AuthenticatorSaid | Noticed
 Sink = Callable[[Event], None]
+
+
+def both(one: Sink, other: Sink) -> Sink:
+    """Tells two."""
+
+    def tell(event: Event) -> None:
+        one(event)
+        other(event)
+
+    return tell
 
 
 def ignore(_event: Event) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import warnings
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 import msgspec
@@ -18,16 +19,20 @@ from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
 from pgauthproxy.build import build_client_tls, build_gateway, check_target_tls, tcp_options
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import GatewayFault
-from pgauthproxy.events import CloseReason, Noticed, Refused, Sink
+from pgauthproxy.events import CloseReason, Noticed, Refused, Sink, both
 from pgauthproxy.gateway.session import Gateway, Session, shutting_down
 from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
 from pgauthproxy.net.listen import Listener
 from pgauthproxy.net.tls import TlsConfigError
+from pgauthproxy.ops.counts import Counts
+from pgauthproxy.ops.snapshot import Snapshot
 from pgauthproxy.proto import messages
 from pgauthproxy.stages import Accepted
 
 DESCRIPTORS_FOR_ITSELF: Final = 64
+DESCRIPTORS_FOR_OPERATORS: Final = 68
+ADMIN_BACKLOG: Final = 64
 DESCRIPTORS_OF_A_SESSION: Final = 2
 DESCRIPTORS_OF_AN_AUTHENTICATOR: Final = 10
 LOCAL_CLIENT: Final = "[local]"
@@ -51,11 +56,27 @@ def open_listeners(settings: Settings) -> list[socket.socket]:
     return opened
 
 
-def serve(settings: Settings, authenticator: Authenticator, listening: list[socket.socket], sink: Sink) -> None:
+def open_admin_listeners(settings: Settings) -> list[socket.socket]:
+    """Binds what operators are to be served on, if anything. Raises ListenError."""
+    if not settings.admin.listen:
+        return []
+    try:
+        return listen.open_sockets(listen.parse_admin_listen(settings.admin.listen), ADMIN_BACKLOG)
+    except listen.ListenError as error:
+        raise listen.ListenError(f"admin.{error}") from None
+
+
+def serve(
+    settings: Settings,
+    authenticator: Authenticator,
+    listening: list[socket.socket],
+    admin_listening: list[socket.socket],
+    sink: Sink,
+) -> None:
     """Runs until a signal ends it. Raises AuthenticatorConfigError if it cannot begin to."""
     # What libraries tell their developers, of a certificate that a peer shows say, is nothing for the log.
     warnings.simplefilter("ignore")
-    uvloop.run(Worker(prepare_process(settings, sink), authenticator, sink).run(listening))
+    uvloop.run(Worker(prepare_process(settings, sink), authenticator, sink).run(listening, admin_listening))
 
 
 def prepare_process(settings: Settings, sink: Sink) -> Settings:
@@ -73,6 +94,8 @@ def _fitting(settings: Settings, descriptors: int, sink: Sink) -> Settings:
     A login that has not named itself holds one; there may be max_logins of them besides the clients.
     """
     reserved = DESCRIPTORS_FOR_ITSELF + DESCRIPTORS_OF_AN_AUTHENTICATOR * settings.authenticator.max_parallel
+    if settings.admin.listen:
+        reserved += DESCRIPTORS_FOR_OPERATORS
     free = descriptors - reserved
     if settings.max_clients * DESCRIPTORS_OF_A_SESSION + settings.max_logins <= free:
         return settings
@@ -101,7 +124,8 @@ class Worker:
     def __init__(self, settings: Settings, authenticator: Authenticator, sink: Sink) -> None:
         self._settings = settings
         self._sink = sink
-        self._gateway: Gateway = build_gateway(settings, authenticator, sink)
+        self._counts = Counts()
+        self._gateway: Gateway = build_gateway(settings, authenticator, both(self._counts, sink))
         self._listeners: list[Listener] = []
         self._sessions_begun = 0
         self._signals = 0
@@ -110,12 +134,39 @@ class Worker:
         self._draining = asyncio.Event()
         self._ended = asyncio.Event()
 
-    async def run(self, listening: list[socket.socket]) -> None:
+    async def run(self, listening: list[socket.socket], admin_listening: list[socket.socket]) -> None:
         """Raises AuthenticatorConfigError if the authenticator cannot be started."""
         await self._gateway.admission.authenticator.start()
-        self._start(listening)
-        await self._draining.wait()
-        await self._drain()
+        async with self._administered(admin_listening):
+            self._start(listening)
+            await self._draining.wait()
+            await self._drain()
+        self._sink(Noticed("info", "ended"))
+
+    @contextlib.asynccontextmanager
+    async def _administered(self, listening: list[socket.socket]) -> AsyncIterator[None]:
+        """Operators are served within, if there is where to."""
+        if not listening:
+            yield
+            return
+        # Only now: what it takes to make metrics is not loaded where nobody asks for them.
+        from pgauthproxy.ops.admin import AdminServer, measure_lag
+
+        server = AdminServer(listening, self._settings.admin.hosts, self._snapshot)
+        measuring = asyncio.create_task(measure_lag(self._counts))
+        server.start()
+        for each in listening:
+            level = "info" if listen.is_local(each) else "warning"
+            remedy = () if listen.is_local(each) else (("beware", "other machines reach it, and it is not encrypted"),)
+            self._sink(Noticed(level, "serving operators", (("address", listen.describe(each)), *remedy)))
+        try:
+            yield
+        finally:
+            measuring.cancel()
+            await server.close()
+
+    async def _snapshot(self, rows: bool) -> Snapshot:
+        return await self._counts.snapshot(self._gateway, rows=rows)
 
     def _start(self, listening: list[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
@@ -140,7 +191,7 @@ class Worker:
             session = Session(self._gateway, self._sessions_begun)
         except GatewayFault as fault:
             self._turn_away(connection, fault)
-            self._sink(Refused(Accepted(f"{self._sessions_begun:x}", address), None, fault))
+            self._gateway.sink(Refused(Accepted(f"{self._sessions_begun:x}", address), None, fault))
         else:
             session.begin(connection, address)
 
@@ -203,6 +254,7 @@ class Worker:
 
     async def _drain(self) -> None:
         """Lets sessions go on until they end, the time is up, or a second signal comes."""
+        self._gateway.draining = True
         for listener in self._listeners:
             listener.close()
         for session in list(self._gateway.sessions):
@@ -220,7 +272,6 @@ class Worker:
             await asyncio.wait([self._reloading])
         self._gateway.targets.warm.close()
         await self._gateway.admission.authenticator.close()
-        self._sink(Noticed("info", "ended"))
 
     async def _wait_for_end(self, seconds: float) -> None:
         try:

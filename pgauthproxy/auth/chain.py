@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pgauthproxy.auth.model import Authenticator, Denied, Question, UnknownUser
+from pgauthproxy.auth.model import Authenticator, Denied, Load, Question, UnknownUser, load_of
 from pgauthproxy.stages import Mapping
 
 
@@ -41,6 +41,9 @@ class ChainAuthenticator:
     async def reload(self) -> None:
         for _, link in self._links:
             await link.reload()
+
+    def load(self) -> list[Load]:
+        return [load for _, link in self._links for load in load_of(link)]
 
     async def close(self) -> None:
         for _, link in self._links:

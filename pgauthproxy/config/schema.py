@@ -207,6 +207,16 @@ class LogSettings(_Settings, frozen=True):
     """The least that is written."""
 
 
+class AdminSettings(_Settings, frozen=True):
+    """What operators see of a running gateway."""
+
+    listen: str = ""
+    """Where metrics and health are served by HTTP (docs/admin.md): `host:port`, `:port`, `[v6]:port` or
+    `unix:/path/to/socket`. Without it nothing is. It is not encrypted."""
+    hosts: list[str] = []
+    """Names of hosts by which that may be asked for, besides `localhost` and IP addresses."""
+
+
 class Settings(_Settings, frozen=True):
     """All settings."""
 
@@ -218,6 +228,7 @@ class Settings(_Settings, frozen=True):
     target: TargetSettings = TargetSettings()
     tcp: TcpSettings = TcpSettings()
     log: LogSettings = LogSettings()
+    admin: AdminSettings = AdminSettings()
     max_clients: Count = 10_000
     """Clients at once; more are refused with 53300. Lowered at start to what descriptors allow."""
     max_logins: Count = 512

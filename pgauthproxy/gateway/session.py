@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from pgauthproxy import _relay
 from pgauthproxy.errors import (
     ADMIN_SHUTDOWN,
@@ -31,7 +33,7 @@ from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.startup import CancelRequest
 from pgauthproxy.proto.steps import TlsPlan, TlsSide
-from pgauthproxy.stages import Accepted, Address, Attached, Started
+from pgauthproxy.stages import Accepted, Address, Attached, Started, parameter
 
 
 @dataclass(slots=True)
@@ -62,6 +64,17 @@ def shutting_down() -> GatewayFault:
     return GatewayFault(CANNOT_CONNECT_NOW, "the gateway is shutting down")
 
 
+class Identity(msgspec.Struct, frozen=True, gc=False):
+    """Who a session is, at both its ends: what is kept of its login for as long as it lives."""
+
+    user: bytes
+    database: bytes
+    application_name: bytes
+    tls: str
+    target_user: bytes
+    target_database: bytes
+
+
 class Session:
     """One client and its target. States, in order: logging in, relaying, closing (`_reason` is set), over."""
 
@@ -80,8 +93,10 @@ class Session:
         "_target_end",
         "_task",
         "_timer",
+        "address",
         "cancel_key",
         "cancelling",
+        "identity",
         "reached",
         "reached_tls",
         "target_key",
@@ -105,6 +120,8 @@ class Session:
         self._detail = ""
         self._ends_lost = 0
         self._is_client = False
+        self.address = ""
+        self.identity: Identity | None = None
         self.cancel_key = b""
         self.cancelling = False
         self.target_key = b""
@@ -116,8 +133,33 @@ class Session:
         """As in the logs, and as the authenticator gets it."""
         return f"{self._number:x}"
 
+    @property
+    def seconds(self) -> float:
+        """Since it was accepted."""
+        return time.monotonic() - self._began
+
+    @property
+    def state(self) -> str:
+        """In a word."""
+        if self.identity is None:
+            return "logging in"
+        return "relaying" if self._reason is None else "closing"
+
+    @property
+    def started(self) -> Started | None:
+        """What the client says of itself, while it logs in."""
+        return self._started
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes that came from the client and from the target so far."""
+        if self._client_end is None or self._target_end is None:
+            return 0, 0
+        return self._client_end.received, self._target_end.received
+
     def begin(self, connection: socket.socket, address: str) -> None:
         """Takes over an accepted, non-blocking socket."""
+        self.address = address
         loop = asyncio.get_running_loop()
         deadline = GatewayFault(
             INVALID_AUTHORIZATION, "canceling authentication due to timeout", "login_timeout: the login took too long"
@@ -181,7 +223,7 @@ class Session:
         except BaseException:
             target.abort()
             raise
-        gateway.sink(LoggedIn(attached, time.monotonic() - self._began))
+        gateway.sink(LoggedIn(attached, self.seconds))
         return True
 
     def _client_left(self) -> None:
@@ -220,6 +262,15 @@ class Session:
             self._timer = asyncio.get_running_loop().call_later(
                 seconds, self.end, CloseReason.TIME_LIMIT, b"terminating connection: its time limit is reached"
             )
+        started, mapping = attached.granted.started, attached.granted.mapping
+        self.identity = Identity(
+            user=started.user,
+            database=started.database,
+            application_name=parameter(started.parameters, b"application_name"),
+            tls=started.encryption.version if started.encryption is not None else "",
+            target_user=mapping.user,
+            target_database=mapping.database,
+        )
         # What belongs to the login alone is not kept for the session's life.
         self._client = None
         self._started = None
@@ -248,8 +299,8 @@ class Session:
         for side, each in (("client", client_end), ("target", target_end)):
             if each.truncated and not detail:
                 detail = f"the {side} ended TLS without saying so: its last words may be missing"
-        seconds = time.monotonic() - self._began
-        self._gateway.sink(Ended(self.id, self._reason, detail, client_end.received, target_end.received, seconds))
+        received = client_end.received, target_end.received
+        self._gateway.sink(Ended(self.id, self._reason, detail, *received, self.seconds))
         self._over()
 
     def _close(self, reason: CloseReason, detail: str = "") -> None:

@@ -19,7 +19,7 @@ LAYOUT = [
     "net.sockets net.listen net.dial net.tls",
     "gateway.limits gateway.salted_keys gateway.paused",
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel gateway.session",
-    "ops.log",
+    "ops.log ops.snapshot ops.counts ops.metrics ops.http ops.admin",
     "config.schema config.load config.reference",
     "build worker trial",
     "throwaway demo",
