@@ -1,13 +1,18 @@
 """The one place where the parts are put together: settings in, a gateway out."""
 
 import contextlib
+import dataclasses
 import hashlib
 import secrets
+from collections.abc import Awaitable, Callable
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
 
 from pgauthproxy import _relay
+from pgauthproxy.auth import references
+from pgauthproxy.auth.admins import AdminsAuthenticator
 from pgauthproxy.auth.cache import CachedAuthenticator
 from pgauthproxy.auth.chain import ChainAuthenticator
 from pgauthproxy.auth.command import CommandAuthenticator, CommandLimits, SaidSink
@@ -21,6 +26,7 @@ from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink, ignore
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
+from pgauthproxy.gateway.console import Admin, Console
 from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.session import Gateway
@@ -28,6 +34,8 @@ from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.net.dial import TcpOptions
 from pgauthproxy.net.listen import ListenError, parse_admin_listen, parse_listen
 from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of, resolve
+from pgauthproxy.proto import scram
+from pgauthproxy.proto.console import ConsoleError, Parse, Result, Statement
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import TargetTls
@@ -199,6 +207,46 @@ def build_admission(settings: Settings, authenticator: Authenticator) -> Admissi
     )
 
 
+def admin_verifiers(settings: Settings) -> tuple[dict[bytes, Secret], list[str]]:
+    """The verifiers of all who may in at the admin console, and what is wrong with others'."""
+    found: dict[bytes, Secret] = {}
+    faults: list[str] = []
+    for section, given in (("users", settings.admin.users), ("stats_users", settings.admin.stats_users)):
+        for name, text in given.items():
+            try:
+                verifier = references.resolve(text)
+            except AuthenticatorConfigError as error:
+                faults += (f"admin.{section}: {name}: {fault}" for fault in error.faults)
+                continue
+            if scram.Verifier.parse(verifier.reveal()) is None:
+                made = "pgauthproxy hash-password makes one"
+                faults.append(f"admin.{section}: {name}: is not given a SCRAM-SHA-256 verifier: {made}")
+            found[name.encode(errors="surrogateescape")] = verifier
+    return found, faults
+
+
+def build_console(
+    settings: Settings, parse: Parse, perform: Callable[[Statement, Admin], Awaitable[Result | ConsoleError]]
+) -> Console | None:
+    """The admin console; None if there is none."""
+    if not settings.admin.database:
+        return None
+    verifiers, _ = admin_verifiers(settings)
+    admission = None
+    if verifiers:
+        usual = build_admission(settings, AdminsAuthenticator(verifiers, _made_up_from(settings)))
+        policy = dataclasses.replace(usual.policy, method="scram-sha-256")
+        admission = dataclasses.replace(usual, policy=policy)
+    return Console(
+        database=settings.admin.database.encode(errors="surrogateescape"),
+        version=metadata.version("pgauthproxy"),
+        admission=admission,
+        users=frozenset(name.encode(errors="surrogateescape") for name in settings.admin.users),
+        parse=parse,
+        perform=perform,
+    )
+
+
 def _made_up_from(settings: Settings) -> Secret:
     """The secret that the salts of refused users are made from: as stable as the operator has made it."""
     if settings.authenticator.scram_seed:
@@ -226,6 +274,7 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
             parse_admin_listen(settings.admin.listen)
     except ListenError as error:
         faults.append(f"admin.{error}")
+    faults += admin_verifiers(settings)[1]
     try:
         authenticator = build_authenticator(settings, sink)
     except AuthenticatorConfigError as error:

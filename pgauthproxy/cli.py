@@ -119,7 +119,7 @@ def check(context: click.Context, /, **flags: Any) -> None:
     loaded = _load(_with_flags_before(context, flags))
     for key in schema.all_keys():
         value = schema.in_force(loaded.settings, key)
-        click.echo(f"{key.path} = {_shown(key, value)}  ({loaded.origins[key.path]})")
+        click.echo(f"{key.path} = {schema.shown(key, value)}  ({loaded.origins[key.path]})")
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}")
     _, faults = examine(loaded.settings, _echo_warning)
@@ -131,18 +131,6 @@ def check(context: click.Context, /, **flags: Any) -> None:
 def _echo_warning(event: Event) -> None:
     if isinstance(event, Noticed) and event.level == "warning":
         click.echo(f"warning: {event.what}: {', '.join(f'{name} {value}' for name, value in event.facts)}")
-
-
-def _shown(key: schema.Key, value: Any) -> str:
-    if value is None:
-        return "(not set)"
-    if value and key.path in schema.SECRET_PATHS:
-        return "***"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if key.path == "authenticator.chain":
-        return ", ".join(link.decided_kind or "nothing" for link in value)
-    return ", ".join(value) if isinstance(value, list | dict) else f"{value}"
 
 
 @_command.command()

@@ -63,6 +63,33 @@ class TargetFailed(msgspec.Struct, frozen=True):
     detail: str
 
 
+class AdminLoggedIn(msgspec.Struct, frozen=True):
+    """Somebody was let in at the admin console."""
+
+    session: str
+    address: str
+    user: bytes
+    may_act: bool
+
+
+class AdminActed(msgspec.Struct, frozen=True):
+    """An administrator has done something: by what session (empty: by HTTP), what, and what came of it."""
+
+    session: str
+    address: str
+    user: bytes
+    act: str
+    outcome: str
+
+
+class AdminLeft(msgspec.Struct, frozen=True):
+    """A session of the admin console is over."""
+
+    session: str
+    detail: str
+    seconds: float
+
+
 class AuthenticatorSaid(msgspec.Struct, frozen=True):
     """What an authenticator wrote to its standard error: its lines, and how many bytes were dropped."""
 
@@ -79,7 +106,8 @@ class Noticed(msgspec.Struct, frozen=True):
     facts: tuple[tuple[str, object], ...] = ()
 
 
-Event = LoggedIn | Refused | Ended | Cancelled | TargetFailed | AuthenticatorSaid | Noticed
+AdminEvent = AdminLoggedIn | AdminActed | AdminLeft
+Event = LoggedIn | Refused | Ended | Cancelled | TargetFailed | AdminEvent | AuthenticatorSaid | Noticed
 Sink = Callable[[Event], None]
 
 

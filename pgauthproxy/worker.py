@@ -16,7 +16,7 @@ import uvloop
 
 from pgauthproxy import _spawn
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
-from pgauthproxy.build import build_client_tls, build_gateway, check_target_tls, tcp_options
+from pgauthproxy.build import build_client_tls, build_console, build_gateway, check_target_tls, tcp_options
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import GatewayFault
 from pgauthproxy.events import CloseReason, Noticed, Refused, Sink, both
@@ -25,6 +25,8 @@ from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
 from pgauthproxy.net.listen import Listener
 from pgauthproxy.net.tls import TlsConfigError
+from pgauthproxy.ops import console
+from pgauthproxy.ops.acts import Act, Reload, Shutdown, act_on
 from pgauthproxy.ops.counts import Counts
 from pgauthproxy.ops.snapshot import Snapshot
 from pgauthproxy.proto import messages
@@ -126,9 +128,10 @@ class Worker:
         self._sink = sink
         self._counts = Counts()
         self._gateway: Gateway = build_gateway(settings, authenticator, both(self._counts, sink))
+        answers = console.Answers(self._snapshot, self._act, lambda: self._settings, sink)
+        self._gateway.console = build_console(settings, console.parse, answers.perform)
         self._listeners: list[Listener] = []
         self._sessions_begun = 0
-        self._signals = 0
         self._reloading: asyncio.Task[None] | None = None
         self._reload_again = False
         self._draining = asyncio.Event()
@@ -166,7 +169,18 @@ class Worker:
             await server.close()
 
     async def _snapshot(self, rows: bool) -> Snapshot:
-        return await self._counts.snapshot(self._gateway, rows=rows)
+        return await self._counts.snapshot(self._gateway, paused=self._gateway.held is not None, rows=rows)
+
+    async def _act(self, act: Act) -> int:
+        """Does what an operator asks for; says how many sessions it concerned."""
+        match act:
+            case Reload():
+                self._reload()
+            case Shutdown():
+                self._shut_down("SHUTDOWN")
+            case _:
+                return act_on(self._gateway, act)
+        return 0
 
     def _start(self, listening: list[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
@@ -208,14 +222,16 @@ class Worker:
         self._sink(Noticed("error", "accepting pauses", (("reason", error.strerror),)))
 
     def _signalled(self, number: signal.Signals) -> None:
-        self._signals += 1
-        if self._signals == 1:
-            facts = (("signal", number.name), ("sessions", len(self._gateway.sessions)))
-            self._sink(Noticed("info", "shutting down", facts))
-            self._draining.set()
+        if not self._draining.is_set():
+            self._shut_down(number.name)
         else:
             self._sink(Noticed("warning", "ending at once", (("signal", number.name),)))
             self._ended.set()
+
+    def _shut_down(self, by: str) -> None:
+        if not self._draining.is_set():
+            self._sink(Noticed("info", "shutting down", (("signal", by), ("sessions", len(self._gateway.sessions)))))
+            self._draining.set()
 
     def _reload(self) -> None:
         """Reads everything anew that can be; one after the other, however often it is asked for."""

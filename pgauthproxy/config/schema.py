@@ -215,6 +215,14 @@ class AdminSettings(_Settings, frozen=True):
     `unix:/path/to/socket`. Without it nothing is. It is not encrypted."""
     hosts: list[str] = []
     """Names of hosts by which that may be asked for, besides `localhost` and IP addresses."""
+    database: str = "pgauthproxy"
+    """The name of the database that is the admin console (docs/admin.md), for the gateway's own operating system user
+    and root over Unix sockets, and for those below. Without a name there is no console."""
+    users: dict[str, str] = {}
+    """Who may look and act on the console: a mapping of name to SCRAM verifier (`pgauthproxy hash-password`), or to
+    `env:NAME` or `file:/path` that hold one."""
+    stats_users: dict[str, str] = {}
+    """Who may look, and do nothing else."""
 
 
 class Settings(_Settings, frozen=True):
@@ -319,6 +327,19 @@ def in_force(settings: Settings, key: Key) -> object:
     return value
 
 
+def shown(key: Key, value: Any) -> str:
+    """A setting's value as people may see it."""
+    if value is None:
+        return "(not set)"
+    if value and key.path in SECRET_PATHS:
+        return "***"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if key.path == "authenticator.chain":
+        return ", ".join(link.decided_kind or "nothing" for link in value)
+    return ", ".join(value) if isinstance(value, list | dict) else f"{value}"
+
+
 def conflicts(settings: Settings) -> Iterator[str]:
     """What does not go together, a line each."""
     if settings.authenticator.cleartext_password and settings.authenticator.method not in (None, "cleartext"):
@@ -329,6 +350,8 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield "tls.cert, tls.key: need each other"
     if settings.tls.client_cert != "none" and not settings.tls.client_ca:
         yield f"tls.client_cert: {settings.tls.client_cert} needs tls.client_ca"
+    for name in settings.admin.users.keys() & settings.admin.stats_users.keys():
+        yield f"admin.stats_users: {name} is one of admin.users"
     yield from _authenticator_conflicts(settings.authenticator, "authenticator")
     if settings.method == "cert" and (settings.tls_mode == "disable" or settings.tls.client_cert == "none"):
         yield "authenticator.method: cert needs TLS, and tls.client_cert optional or require"

@@ -5,6 +5,7 @@ coroutine and no task lives on. Step 9 is `_close`, the one door out of a sessio
 """
 
 import asyncio
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -22,17 +23,19 @@ from pgauthproxy.errors import (
     Fault,
     GatewayFault,
 )
-from pgauthproxy.events import Cancelled, CloseReason, Ended, LoggedIn, Refused, Sink
+from pgauthproxy.events import AdminLeft, AdminLoggedIn, Cancelled, CloseReason, Ended, LoggedIn, Refused, Sink
 from pgauthproxy.gateway import cancel
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
+from pgauthproxy.gateway.console import Admin, Console, uid_of_peer
 from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
+from pgauthproxy.proto.console import Statement, serve
 from pgauthproxy.proto.startup import CancelRequest
-from pgauthproxy.proto.steps import TlsPlan, TlsSide
+from pgauthproxy.proto.steps import Perform, TlsPlan, TlsSide
 from pgauthproxy.stages import Accepted, Address, Attached, Started, parameter
 
 
@@ -51,12 +54,16 @@ class Gateway:
     paused: PausedClients
     keys: CancelKeys = field(default_factory=CancelKeys)
     sessions: "set[Session]" = field(default_factory=set)
+    console: Console | None = None
+    held: asyncio.Event | None = None
+    """Where new logins wait, while they are paused; set once they may go on."""
     draining: bool = False
     idle: Callable[[], None] | None = None
     """Called whenever the last session is over."""
 
 
 NOWHERE: Final = Address("", 0)
+CONSOLE_KEY_BYTES: Final = 8
 
 
 def shutting_down() -> GatewayFault:
@@ -76,13 +83,17 @@ class Identity(msgspec.Struct, frozen=True, gc=False):
 
 
 class Session:
-    """One client and its target. States, in order: logging in, relaying, closing (`_reason` is set), over."""
+    """One client and its target. States, in order: logging in, relaying, closing (`_reason` is set), over.
+
+    Or, for a client that asks for the admin console: logging in, console (`_console` is set), over.
+    """
 
     __slots__ = (
         "_began",
         "_cause",
         "_client",
         "_client_end",
+        "_console",
         "_detail",
         "_ends_lost",
         "_gateway",
@@ -113,6 +124,7 @@ class Session:
         self._client_end: _relay.End | None = None
         self._target_end: _relay.End | None = None
         self._task: asyncio.Task[None] | None = None
+        self._console: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._started: Started | None = None
         self._cause: Fault | None = None
@@ -141,13 +153,15 @@ class Session:
     @property
     def state(self) -> str:
         """In a word."""
+        if self._console is not None:
+            return "console"
         if self.identity is None:
             return "logging in"
         return "relaying" if self._reason is None else "closing"
 
     @property
     def started(self) -> Started | None:
-        """What the client says of itself, while it logs in."""
+        """What the client says of itself, while it logs in or has the console."""
         return self._started
 
     @property
@@ -168,7 +182,11 @@ class Session:
         self._task = loop.create_task(self._run(connection, Accepted(self.id, address)))
 
     def refuse_login(self, fault: Fault) -> None:
-        """Ends a login from outside; a session that has logged in is left alone."""
+        """Ends a login, or a console, from outside; a session that has a target is left alone."""
+        if self._console is not None:
+            told = "terminating connection due to administrator command"
+            self._cause = GatewayFault(ADMIN_SHUTDOWN, told, fault.detail)
+            asyncio.get_running_loop().call_soon(self._console.cancel)
         if self._task is not None and self._cause is None:
             self._cause = fault
             # Not at once: a task that is cancelled before its first step never gets to clean up.
@@ -176,6 +194,8 @@ class Session:
 
     def end(self, reason: CloseReason, told: bytes) -> None:
         """Ends a session that has logged in; its client is told with 57P01, unless it is in the middle of a message."""
+        if self._console is not None:
+            self.refuse_login(GatewayFault(ADMIN_SHUTDOWN, told, reason.value))
         if self._client_end is None or self._target_end is None or self._reason is not None:
             return
         if self._target_end.at_message_boundary:
@@ -213,8 +233,17 @@ class Session:
             await self._cancel(client, wanted, accepted)
             return False
         started = self._started = Started(accepted, wanted.parameters, wanted.encryption)
+        if gateway.console is not None and started.database == gateway.console.database:
+            uid = uid_of_peer(connection)
+            if gateway.console.is_meant(started, uid):
+                await self._open_console(gateway.console, started, uid, client)
+                return True
         gateway.limits.begin_client()
         self._is_client = True
+        if gateway.held is not None:
+            client.watch(self._client_left)
+            await gateway.held.wait()
+            client.watch(None)
 
         granted = await gateway.admission.admit(started, client, self._client_left)
         attached, target = await gateway.targets.attach(granted)
@@ -225,6 +254,40 @@ class Session:
             raise
         gateway.sink(LoggedIn(attached, self.seconds))
         return True
+
+    async def _open_console(self, console: Console, started: Started, uid: int, client: ClientLeg) -> None:
+        """Lets an administrator in, whose session is a task of its own from there on."""
+        admin = await console.let_in(started, uid, client, self._client_left)
+        self._cancel_timer()
+        console.open += 1
+        self._gateway.sink(AdminLoggedIn(admin.session, admin.address, admin.user, admin.may_act))
+        self._console = asyncio.get_running_loop().create_task(self._serve_console(console, admin, client))
+
+    async def _serve_console(self, console: Console, admin: Admin, client: ClientLeg) -> None:
+        async def perform(step: Perform) -> object:
+            assert isinstance(step.statement, Statement)  # noqa: S101 (the console's own)
+            return await console.perform(step.statement, admin)
+
+        detail = ""
+        try:
+            key = secrets.token_bytes(CONSOLE_KEY_BYTES)
+            await client.drive(serve(client.framer, console.parse, console.version, admin.user, key), perform)
+            client.close()
+        except (Fault, asyncio.CancelledError) as error:
+            fault = error if isinstance(error, Fault) else self._cause or shutting_down()
+            detail = fault.detail
+            client.refuse(fault)
+        except BaseException:
+            client.abort()
+            raise
+        finally:
+            if client.is_full:
+                asyncio.get_running_loop().call_later(self._gateway.close_timeout, client.abort)
+            console.open -= 1
+            self._console = None
+            self._started = None
+            self._gateway.sink(AdminLeft(self.id, detail, self.seconds))
+            self._over()
 
     def _client_left(self) -> None:
         assert self._client is not None  # noqa: S101 (its watcher calls this)

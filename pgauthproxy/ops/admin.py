@@ -8,17 +8,13 @@ import asyncio
 import ipaddress
 import socket
 import time
-from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Final
 
 from pgauthproxy.ops import metrics
 from pgauthproxy.ops.counts import Counts
 from pgauthproxy.ops.http import HttpServer, Request, Response
-from pgauthproxy.ops.snapshot import Snapshot
-
-TakeSnapshot = Callable[[bool], Awaitable[Snapshot]]
-"""Gives what the whole gateway knows of itself now; with True, its sessions and refusals one by one too."""
+from pgauthproxy.ops.snapshot import Snapshot, TakeSnapshot
 
 LEAST_AGE_SECONDS: Final = 0.1
 SHARE: Final = 50

@@ -173,7 +173,7 @@ class Counts:
         ended = list(self._bytes_of_ended)
         for number, session in enumerate(list(gateway.sessions), 1):
             if session.identity is None:
-                logging_in += 1
+                logging_in += session.state != "console"
             else:
                 count += 1
                 open_at[session.reached] = open_at.get(session.reached, 0) + 1

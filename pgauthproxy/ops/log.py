@@ -21,6 +21,10 @@ import structlog
 
 from pgauthproxy.errors import Fault
 from pgauthproxy.events import (
+    AdminActed,
+    AdminEvent,
+    AdminLeft,
+    AdminLoggedIn,
     AuthenticatorSaid,
     Cancelled,
     Ended,
@@ -213,6 +217,9 @@ class LogSink:
                 self._logger.info(
                     "cancel request", at=at, client=event.address, session=event.session, outcome=event.outcome
                 )
+            case AdminLoggedIn() | AdminActed() | AdminLeft():
+                what, facts = _admin(event)
+                self._logger.info(what, at=at, **facts)
             case AuthenticatorSaid():
                 for line in event.lines:
                     self._logger.warning("authenticator says", at=at, session=event.session, text=printable(line))
@@ -249,6 +256,16 @@ def _end(event: Ended) -> dict[str, object]:
         "bytes_from_target": event.bytes_from_target,
         "seconds": round(event.seconds, 3),
     }
+
+
+def _admin(event: AdminEvent) -> tuple[str, dict[str, object]]:
+    if isinstance(event, AdminLeft):
+        detail = {"detail": printable(event.detail)} if event.detail else {}
+        return "admin left", {"session": event.session, **detail, "seconds": round(event.seconds, 3)}
+    who = {"session": event.session, "client": event.address, "user": printable(event.user)}
+    if isinstance(event, AdminLoggedIn):
+        return "admin login", {**who, "may_act": event.may_act}
+    return "admin act", {**who, "act": printable(event.act), "outcome": printable(event.outcome)}
 
 
 def _who(event: Refused) -> dict[str, str]:

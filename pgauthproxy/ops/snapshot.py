@@ -6,7 +6,7 @@ bounded: targets, sessions and refusals are kept up to a number, and what is lef
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 import msgspec
@@ -225,6 +225,10 @@ class Snapshot(msgspec.Struct):
             refusals=refusals[-MAX_REFUSALS:],
             processes=self.processes + other.processes,
         )
+
+
+TakeSnapshot = Callable[[bool], Awaitable[Snapshot]]
+"""Gives what the whole gateway knows of itself now; with True, its sessions and refusals one by one too."""
 
 
 def _sum(mine: dict[str, int], theirs: dict[str, int]) -> dict[str, int]:

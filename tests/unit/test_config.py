@@ -133,6 +133,8 @@ VALUES: dict[str, tuple[str, object]] = {
     "authenticator.workers.min": ("42", 42),
     "authenticator.workers.max": ("42", 42),
     "target.warm": ("42", 42),
+    "admin.users": ("{alice: a verifier}", {"alice": "a verifier"}),
+    "admin.stats_users": ("{alice: a verifier}", {"alice": "a verifier"}),
 }
 """What some settings can be, and others of their type not."""
 
