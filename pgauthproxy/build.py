@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -39,6 +40,9 @@ from pgauthproxy.proto.console import ConsoleError, Parse, Result, Statement
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import TargetTls
+
+LEAST_TOKEN: Final = 16
+"""Characters of admin.token."""
 
 
 def tcp_options(settings: Settings) -> TcpOptions:
@@ -207,6 +211,19 @@ def build_admission(settings: Settings, authenticator: Authenticator) -> Admissi
     )
 
 
+def admin_token(settings: Settings) -> Secret | None:
+    """What opens the live page, if anything does. Raises AuthenticatorConfigError."""
+    if not settings.admin.token:
+        return None
+    try:
+        token = references.resolve(settings.admin.token)
+    except AuthenticatorConfigError as error:
+        raise AuthenticatorConfigError(*(f"admin.token: {fault}" for fault in error.faults)) from None
+    if len(token.reveal()) < LEAST_TOKEN or not token.reveal().isascii():
+        raise AuthenticatorConfigError(f"admin.token: must be {LEAST_TOKEN} characters of ASCII or more")
+    return token
+
+
 def admin_verifiers(settings: Settings) -> tuple[dict[bytes, Secret], list[str]]:
     """The verifiers of all who may in at the admin console, and what is wrong with others'."""
     found: dict[bytes, Secret] = {}
@@ -274,6 +291,10 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
             parse_admin_listen(settings.admin.listen)
     except ListenError as error:
         faults.append(f"admin.{error}")
+    try:
+        admin_token(settings)
+    except AuthenticatorConfigError as error:
+        faults += error.faults
     faults += admin_verifiers(settings)[1]
     try:
         authenticator = build_authenticator(settings, sink)

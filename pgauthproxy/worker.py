@@ -16,7 +16,7 @@ import uvloop
 
 from pgauthproxy import _spawn
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
-from pgauthproxy.build import build_client_tls, build_console, build_gateway, check_target_tls, tcp_options
+from pgauthproxy.build import admin_token, build_client_tls, build_console, build_gateway, check_target_tls, tcp_options
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import GatewayFault
 from pgauthproxy.events import CloseReason, Noticed, Refused, Sink, both
@@ -37,8 +37,6 @@ DESCRIPTORS_FOR_OPERATORS: Final = 68
 ADMIN_BACKLOG: Final = 64
 DESCRIPTORS_OF_A_SESSION: Final = 2
 DESCRIPTORS_OF_AN_AUTHENTICATOR: Final = 10
-LOCAL_CLIENT: Final = "[local]"
-MAPPED_PREFIX: Final = "::ffff:"
 
 
 def open_listeners(settings: Settings) -> list[socket.socket]:
@@ -153,9 +151,10 @@ class Worker:
             yield
             return
         # Only now: what it takes to make metrics is not loaded where nobody asks for them.
-        from pgauthproxy.ops.admin import AdminServer, measure_lag
+        from pgauthproxy.ops.admin import AdminPolicy, AdminServer, measure_lag
 
-        server = AdminServer(listening, self._settings.admin.hosts, self._snapshot)
+        policy = AdminPolicy(self._settings.admin.hosts, admin_token(self._settings))
+        server = AdminServer(listening, policy, self._snapshot, self._act, self._sink)
         measuring = asyncio.create_task(measure_lag(self._counts))
         server.start()
         for each in listening:
@@ -200,7 +199,7 @@ class Worker:
 
     def _accepted(self, connection: socket.socket, peer: Any) -> None:
         self._sessions_begun += 1
-        address = client_address(peer)
+        address = listen.address_of(peer)
         try:
             session = Session(self._gateway, self._sessions_begun)
         except GatewayFault as fault:
@@ -316,12 +315,3 @@ class Worker:
             where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
             facts += [("error", type(error).__name__), ("where", where.removeprefix(sys.prefix))]
         self._sink(Noticed("error", "internal error", tuple(facts)))
-
-
-def client_address(peer: Any) -> str:
-    """`ip:port`, `[v6]:port`, or `[local]` on a Unix socket, from what accept gave."""
-    if not isinstance(peer, tuple):
-        return LOCAL_CLIENT
-    host, port = peer[:2]
-    host = host.removeprefix(MAPPED_PREFIX)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -211,8 +211,11 @@ class AdminSettings(_Settings, frozen=True):
     """What operators see of a running gateway."""
 
     listen: str = ""
-    """Where metrics and health are served by HTTP (docs/admin.md): `host:port`, `:port`, `[v6]:port` or
+    """Where metrics, health and the live page are served by HTTP (docs/admin.md): `host:port`, `:port`, `[v6]:port` or
     `unix:/path/to/socket`. Without it nothing is. It is not encrypted."""
+    token: str = ""
+    """What whoever looks at the live page must know, and who acts there: at least 16 characters, or `env:NAME` or
+    `file:/path` that hold them. Without it the page is shown on loopback and Unix sockets alone, and nobody acts."""
     hosts: list[str] = []
     """Names of hosts by which that may be asked for, besides `localhost` and IP addresses."""
     database: str = "pgauthproxy"
@@ -275,7 +278,7 @@ class Settings(_Settings, frozen=True):
         return self.tls.mode or ("allow" if self.tls.cert else "disable")
 
 
-SECRET_PATHS: Final = ("authenticator.scram_seed",)
+SECRET_PATHS: Final = ("authenticator.scram_seed", "admin.token")
 """Settings whose values are shown to nobody."""
 
 

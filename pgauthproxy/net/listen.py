@@ -18,6 +18,8 @@ PAUSE_SECONDS: Final = 0.5
 OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 UNIX_PREFIX: Final = "unix:"
 MAX_PORT: Final = 65_535
+LOCAL_CLIENT: Final = "[local]"
+MAPPED_PREFIX: Final = "::ffff:"
 
 
 class ListenError(Exception):
@@ -222,3 +224,12 @@ class Listener:
         else:
             self._loop.remove_reader(self._listening)
         close(self._listening)
+
+
+def address_of(peer: Any) -> str:
+    """`ip:port`, `[v6]:port`, or `[local]` on a Unix socket, from what accept gave."""
+    if not isinstance(peer, tuple):
+        return LOCAL_CLIENT
+    host, port = peer[:2]
+    host = host.removeprefix(MAPPED_PREFIX)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

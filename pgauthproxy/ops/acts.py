@@ -46,6 +46,16 @@ PerformAct = Callable[[Act], Awaitable[int]]
 """Does it to the whole gateway; says how many sessions it concerned."""
 
 
+def in_words(act: Act) -> str:
+    """An act, for the log."""
+    match act:
+        case Kill(session=session):
+            return f"KILL {session}"
+        case KillUser(user=user):
+            return f"KILL USER {user.decode(errors='backslashreplace')}"
+    return type(act).__name__.upper()
+
+
 def act_on(gateway: Gateway, act: Kill | KillUser | Pause | Resume) -> int:
     """Does it to the sessions of one process; says how many it concerned."""
     match act:

@@ -1,20 +1,40 @@
-"""What `admin.listen` serves: metrics and health.
+"""What `admin.listen` serves: metrics, health, and the live page with what it lives on.
 
 Everything is made of the gateway's snapshot, which is asked for through one function, whoever has to be asked for it.
 What is asked for often is made seldom: making it takes a fixed share of the loop's time at most.
+
+Metrics and health are for monitors, and hold nothing about any client. Everything else is for whoever has the token;
+where none is set, it is shown to this machine alone, and nobody acts.
 """
 
 import asyncio
 import ipaddress
 import socket
 import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
+import msgspec
+
+from pgauthproxy.events import AdminActed, Noticed, Sink
 from pgauthproxy.ops import metrics
+from pgauthproxy.ops.acts import Kill, PerformAct, in_words
 from pgauthproxy.ops.counts import Counts
+from pgauthproxy.ops.history import STEP_SECONDS, History, Point
 from pgauthproxy.ops.http import HttpServer, Request, Response
-from pgauthproxy.ops.snapshot import Snapshot, TakeSnapshot
+from pgauthproxy.ops.page import page
+from pgauthproxy.ops.snapshot import (
+    AuthenticatorRow,
+    Process,
+    RefusalRow,
+    SessionRow,
+    Snapshot,
+    TakeSnapshot,
+    TargetRow,
+)
+from pgauthproxy.secret import Secret
 
 LEAST_AGE_SECONDS: Final = 0.1
 SHARE: Final = 50
@@ -23,36 +43,118 @@ MAX_FORMS: Final = 4
 """Accept headers that metrics are made for between two snapshots; for others they are made in the usual form."""
 LAG_SECONDS: Final = 1.0
 """How often the loop's lag is measured."""
+EVENT_SECONDS: Final = 1.0
+MAX_WATCHERS: Final = 16
+MAX_ROWS: Final = 500
+"""Sessions that the page shows."""
+WRONG_TOKEN_SECONDS: Final = 0.5
+"""How long a wrong token waits for its answer."""
+PATHS: Final = ("/", "/state", "/events", "/kill", "/metrics", "/healthz", "/readyz")
 FOR_MONITORS: Final = ("/metrics", "/healthz", "/readyz")
 """What holds nothing about any client."""
 KNOWN_HOSTS: Final = ("localhost",)
+COPIED: Final = (
+    "version",
+    "started",
+    "at",
+    "draining",
+    "paused",
+    "open",
+    "logging_in",
+    "accepted",
+    "refused",
+    "bytes_from_client",
+    "bytes_from_target",
+    "authenticators",
+    "targets",
+    "refusals",
+    "processes",
+)
+"""What a View has of a snapshot as it is."""
+
+
+class View(msgspec.Struct, frozen=True):
+    """What the live page and `top` show. `history` is given once, then `point`, the newest of it."""
+
+    version: str
+    started: float
+    at: float
+    draining: bool
+    paused: bool
+    open: int
+    logging_in: int
+    accepted: int
+    refused: dict[str, int]
+    bytes_from_client: int
+    bytes_from_target: int
+    authenticators: list[AuthenticatorRow]
+    targets: list[TargetRow]
+    sessions: list[SessionRow]
+    sessions_left_out: int
+    refusals: list[RefusalRow]
+    processes: list[Process]
+    can_act: bool
+    token_is_set: bool
+    point: Point | None = None
+    history: list[Point] | None = None
+
+
+class KillRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of a POST to /kill."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdminPolicy:
+    """`hosts` are names, besides localhost and IP addresses, that the server may be asked for by."""
+
+    hosts: list[str]
+    token: Secret | None
 
 
 class AdminServer:
     """Answers on sockets that it owns, from `start` to `close`."""
 
-    def __init__(self, listening: list[socket.socket], hosts: list[str], take: TakeSnapshot) -> None:
-        """`hosts` are names, besides localhost and IP addresses, that the pages may be asked for by."""
+    def __init__(
+        self, listening: list[socket.socket], policy: AdminPolicy, take: TakeSnapshot, act: PerformAct, sink: Sink
+    ) -> None:
         self._server = HttpServer(listening, self._answer)
-        self._hosts = {name.lower() for name in (*KNOWN_HOSTS, *hosts)}
+        self._hosts = {name.lower() for name in (*KNOWN_HOSTS, *policy.hosts)}
+        self._token = policy.token
         self._take = take
-        self._making = asyncio.Lock()
-        self._kept: Snapshot | None = None
-        self._keep_until = 0.0
+        self._act = act
+        self._sink = sink
+        self._without_rows = _Kept(take, rows=False)
+        self._with_rows = _Kept(take, rows=True)
         self._rendered: dict[str, tuple[bytes, str]] = {}
+        self._rendered_of: Snapshot | None = None
+        self._history = History()
+        self._remembering: asyncio.Task[None] | None = None
+        self._watchers = 0
 
     def start(self) -> None:
         self._server.start()
+        self._remembering = asyncio.get_running_loop().create_task(self._remember())
 
     async def close(self) -> None:
+        if self._remembering is not None:
+            self._remembering.cancel()
         await self._server.close()
+
+    async def _remember(self) -> None:
+        while True:
+            self._history.note(await self._without_rows.fresh())
+            await asyncio.sleep(STEP_SECONDS)
 
     async def _answer(self, request: Request) -> Response:
         if not self._may_be_asked_for(request):
             told = b"This name is not known here: use an IP address, or have it in admin.hosts.\n"
             return Response(HTTPStatus.MISDIRECTED_REQUEST, told)
-        if request.method not in ("GET", "HEAD"):
-            return Response(HTTPStatus.METHOD_NOT_ALLOWED, b"Method Not Allowed\n", headers=(("Allow", "GET, HEAD"),))
+        allowed = ("POST",) if request.path == "/kill" else ("GET", "HEAD")
+        if request.path in PATHS and request.method not in allowed:
+            headers = (("Allow", ", ".join(allowed)),)
+            return Response(HTTPStatus.METHOD_NOT_ALLOWED, b"Method Not Allowed\n", headers=headers)
         match request.path:
             case "/metrics":
                 return await self._metrics(request)
@@ -60,7 +162,77 @@ class AdminServer:
                 return Response(HTTPStatus.OK, b"ok\n")
             case "/readyz":
                 return await self._readiness()
+            case "/":
+                body, policy = page()
+                headers = (("Content-Security-Policy", policy),)
+                return Response(HTTPStatus.OK, body, "text/html; charset=utf-8", headers)
+            case "/state" | "/events" | "/kill":
+                return await self._for_the_trusted(request)
         return Response(HTTPStatus.NOT_FOUND, b"Not Found\n")
+
+    async def _for_the_trusted(self, request: Request) -> Response:
+        """What only those get who may have it."""
+        if self._token is None:
+            if request.path == "/kill" or not request.local:
+                return Response(HTTPStatus.FORBIDDEN, b"admin.token is not set: this is for nobody.\n")
+        elif not self._has_token(request):
+            if request.headers.get("authorization"):
+                facts = (("client", request.address), ("path", request.path))
+                self._sink(Noticed("warning", "wrong admin token", facts))
+                await asyncio.sleep(WRONG_TOKEN_SECONDS)
+            headers = (("WWW-Authenticate", "Bearer"),)
+            return Response(HTTPStatus.UNAUTHORIZED, b"The admin token is needed.\n", headers=headers)
+        if request.path == "/kill":
+            return await self._kill(request)
+        if request.path == "/state":
+            return Response(HTTPStatus.OK, await self._view(history=True), "application/json")
+        if self._watchers >= MAX_WATCHERS:
+            return Response(HTTPStatus.SERVICE_UNAVAILABLE, b"Too many are watching.\n")
+        return Response(HTTPStatus.OK, content_type="text/event-stream", stream=self._events())
+
+    def _has_token(self, request: Request) -> bool:
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        return kind.lower() == "bearer" and Secret(given.strip().encode()) == self._token
+
+    async def _kill(self, request: Request) -> Response:
+        origin = request.headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+            return Response(HTTPStatus.FORBIDDEN, b"This is for the page itself.\n")
+        try:
+            wanted = msgspec.json.decode(request.body, type=KillRequest)
+        except msgspec.DecodeError:
+            return Response(HTTPStatus.BAD_REQUEST, b'Expected {"session": "..."}\n')
+        act = Kill(wanted.session)
+        ended = await self._act(act)
+        self._sink(AdminActed("", request.address, b"", in_words(act), f"{ended} ended"))
+        return Response(HTTPStatus.OK, msgspec.json.encode({"ended": ended}), "application/json")
+
+    async def _view(self, *, history: bool) -> bytes:
+        snapshot = await self._with_rows.fresh()
+        newest = sorted(snapshot.sessions, key=lambda row: row.since, reverse=True)[:MAX_ROWS]
+        points = self._history.points
+        view = View(
+            **{name: getattr(snapshot, name) for name in COPIED},
+            sessions=newest,
+            sessions_left_out=snapshot.sessions_left_out + len(snapshot.sessions) - len(newest),
+            can_act=self._token is not None,
+            token_is_set=self._token is not None,
+            point=points[-1] if points else None,
+            history=list(points) if history else None,
+        )
+        return msgspec.json.encode(view)
+
+    async def _events(self) -> AsyncGenerator[bytes]:
+        """The state each second, for as long as somebody reads it."""
+        self._watchers += 1
+        try:
+            history = True
+            while True:
+                yield b"data: " + await self._view(history=history) + b"\n\n"
+                history = False
+                await asyncio.sleep(EVENT_SECONDS)
+        finally:
+            self._watchers -= 1
 
     def _may_be_asked_for(self, request: Request) -> bool:
         """Whether the host's name is no stranger's: one that leads here only since its owner says so (DNS rebinding).
@@ -79,36 +251,49 @@ class AdminServer:
             return False
         return True
 
-    async def _fresh(self) -> Snapshot:
-        """A snapshot without rows that is new enough."""
-        async with self._making:
-            began = time.monotonic()
-            if self._kept is None or began >= self._keep_until:
-                self._kept = await self._take(False)
-                self._rendered.clear()
-                self._keep_for(began)
-        return self._kept
-
-    def _keep_for(self, began: float) -> None:
-        now = time.monotonic()
-        self._keep_until = max(self._keep_until, now + max(LEAST_AGE_SECONDS, SHARE * (now - began)))
-
     async def _metrics(self, request: Request) -> Response:
-        snapshot = await self._fresh()
+        snapshot = await self._without_rows.fresh()
+        if snapshot is not self._rendered_of:
+            self._rendered.clear()
+            self._rendered_of = snapshot
         wanted = request.headers.get("accept", "")
         if wanted not in self._rendered and len(self._rendered) >= MAX_FORMS:
             wanted = ""
         if wanted not in self._rendered:
             began = time.monotonic()
             self._rendered[wanted] = metrics.render(snapshot, wanted)
-            self._keep_for(began)
+            self._without_rows.keep_for(began)
         body, content_type = self._rendered[wanted]
         return Response(HTTPStatus.OK, body, content_type)
 
     async def _readiness(self) -> Response:
-        if (await self._fresh()).draining:
+        if (await self._without_rows.fresh()).draining:
             return Response(HTTPStatus.SERVICE_UNAVAILABLE, b"draining\n")
         return Response(HTTPStatus.OK, b"ready\n")
+
+
+class _Kept:
+    """The newest snapshot, taken anew when it is asked for and old enough."""
+
+    def __init__(self, take: TakeSnapshot, *, rows: bool) -> None:
+        self._take = take
+        self._rows = rows
+        self._making = asyncio.Lock()
+        self._kept: Snapshot | None = None
+        self._until = 0.0
+
+    async def fresh(self) -> Snapshot:
+        async with self._making:
+            began = time.monotonic()
+            if self._kept is None or began >= self._until:
+                self._kept = await self._take(self._rows)
+                self.keep_for(began)
+        return self._kept
+
+    def keep_for(self, began: float) -> None:
+        """Something was made of it, from then to now."""
+        now = time.monotonic()
+        self._until = max(self._until, now + max(LEAST_AGE_SECONDS, SHARE * (now - began)))
 
 
 async def measure_lag(counts: Counts) -> None:

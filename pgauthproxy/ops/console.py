@@ -16,7 +16,7 @@ from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER_VALUE, SYNTAX_ERROR
 from pgauthproxy.events import AdminActed, Sink
 from pgauthproxy.gateway.console import Admin
-from pgauthproxy.ops.acts import Act, Kill, KillUser, Pause, PerformAct, Reload, Resume, Shutdown
+from pgauthproxy.ops.acts import Act, Kill, KillUser, Pause, PerformAct, Reload, Resume, Shutdown, in_words
 from pgauthproxy.ops.snapshot import Histogram, Snapshot, TakeSnapshot
 from pgauthproxy.proto.console import Column, ConsoleError, Control, Result, Statement, Type, Value
 
@@ -233,16 +233,6 @@ class Answers:
             ]
         snapshot = await self.take(what == "CLIENTS")
         return ROWS[what](snapshot)
-
-
-def in_words(act: Act) -> str:
-    """An act, for the log."""
-    match act:
-        case Kill(session=session):
-            return f"KILL {session}"
-        case KillUser(user=user):
-            return f"KILL USER {user.decode(errors='backslashreplace')}"
-    return type(act).__name__.upper()
 
 
 def _clients(snapshot: Snapshot) -> list[tuple[Value, ...]]:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import email.utils
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Final
 
@@ -35,13 +35,17 @@ ALWAYS: Final = (
 
 
 class Request(msgspec.Struct, frozen=True):
-    """Names of headers are in lower case. `local`: it came to a listener that only this machine reaches."""
+    """Names of headers are in lower case. `local`: it came to a listener that only this machine reaches.
+
+    `address` is the peer's, as a client's is.
+    """
 
     method: str
     path: str
     headers: dict[str, str]
     body: bytes
     local: bool
+    address: str = ""
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -51,7 +55,7 @@ class Response(msgspec.Struct, frozen=True):
     body: bytes = b""
     content_type: str = "text/plain; charset=utf-8"
     headers: tuple[tuple[str, str], ...] = ()
-    stream: AsyncIterator[bytes] | None = None
+    stream: AsyncGenerator[bytes] | None = None
 
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -155,13 +159,13 @@ class HttpServer:
         local = listen.is_local(listening)
         while True:
             try:
-                connection, _ = await loop.sock_accept(listening)
+                connection, peer = await loop.sock_accept(listening)
             except OSError:
                 # Out of descriptors, say: logins need them more.
                 await asyncio.sleep(1.0)
                 continue
             if self._make_room():
-                task = loop.create_task(self._serve(connection, local=local))
+                task = loop.create_task(self._serve(connection, listen.address_of(peer), local=local))
                 self._connections.add(task)
                 self._waiting[task] = None
                 task.add_done_callback(self._connections.discard)
@@ -179,7 +183,7 @@ class HttpServer:
         longest.cancel()
         return True
 
-    async def _serve(self, connection: socket.socket, *, local: bool) -> None:
+    async def _serve(self, connection: socket.socket, address: str, *, local: bool) -> None:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 (a coroutine runs in one)
         writer: asyncio.StreamWriter | None = None
@@ -187,7 +191,7 @@ class HttpServer:
             reader, writer = await asyncio.open_connection(sock=connection, limit=MAX_HEAD)
             # Zero: what is written is gone once `drain` returns.
             writer.transport.set_write_buffer_limits(0)
-            while await self._answer_one(reader, writer, task, local=local):
+            while await self._answer_one(reader, writer, task, address, local=local):
                 self._waiting[task] = None
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             # It has gone, or is as good as gone.
@@ -206,7 +210,13 @@ class HttpServer:
         return writer.transport.get_write_buffer_size() > 0
 
     async def _answer_one(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, task: asyncio.Task[None], *, local: bool
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        task: asyncio.Task[None],
+        address: str,
+        *,
+        local: bool,
     ) -> bool:
         """Reads a request and answers it. False if the connection is to be closed."""
         try:
@@ -218,12 +228,12 @@ class HttpServer:
             return False
         self._waiting.pop(task, None)
         await self._requests.turn()
-        response = await self._handler(request)
+        response = await self._handler(msgspec.structs.replace(request, address=address))
         keep = response.stream is None and "close" not in request.headers.get("connection", "").lower()
         head = head_of(response, close=not keep)
         await self._write(writer, head if request.method == "HEAD" else head + response.body)
         if response.stream is not None and request.method != "HEAD":
-            async with contextlib.aclosing(response.stream) as stream:  # type: ignore[type-var]  # they are generators
+            async with contextlib.aclosing(response.stream) as stream:
                 async for chunk in stream:
                     await self._write(writer, chunk)
         return keep

@@ -21,7 +21,7 @@ LAYOUT = [
     "gateway.limits gateway.salted_keys gateway.paused",
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel",
     "gateway.console gateway.session",
-    "ops.log ops.snapshot ops.counts ops.acts ops.metrics ops.http ops.admin",
+    "ops.log ops.snapshot ops.counts ops.acts ops.metrics ops.history ops.http ops.page ops.admin",
     "config.schema config.load config.reference",
     "ops.console",
     "build worker trial",
