@@ -12,7 +12,7 @@ import click
 from pgauthproxy import trial, worker
 from pgauthproxy._digest import md5_password
 from pgauthproxy.auth.model import AuthenticatorConfigError
-from pgauthproxy.build import examine
+from pgauthproxy.build import admin_token, examine
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
 from pgauthproxy.events import Event, Noticed
@@ -182,6 +182,35 @@ def hash_password(user: str, md5: bool, iterations: int) -> None:
         click.echo(md5_password(password, user.encode(errors="surrogateescape")))
     else:
         click.echo(scram.Verifier.of(password, secrets.token_bytes(scram.SALT_BYTES), iterations).text())
+
+
+@_command.command("top")
+@_settings_options
+@click.option(
+    "--interval", type=click.FloatRange(min=0.2), default=2.0, show_default=True, help="Seconds between looks."
+)
+@click.option("--once", is_flag=True, help="Look once and print it plainly, as without a terminal.")
+@click.pass_context
+def top_command(context: click.Context, /, interval: float, once: bool, **flags: Any) -> None:
+    """Shows a running gateway: sessions, refusals, login times and targets, as its live page does.
+
+    It looks where the settings say that the gateway serves operators (admin.listen, admin.token). q leaves.
+    """
+    from pgauthproxy import top
+
+    settings = _load(_with_flags_before(context, flags)).settings
+    if not settings.admin.listen:
+        fail("admin.listen: is not set, so that the gateway shows itself to nobody")
+    try:
+        address = listen.parse_admin_listen(settings.admin.listen)
+        token = admin_token(settings)
+        top.run(lambda: top.fetch(address, token), interval, once=once)
+    except listen.ListenError as error:
+        fail(f"admin.{error}")
+    except AuthenticatorConfigError as error:
+        fail(*error.faults)
+    except top.TopError as error:
+        fail(str(error))
 
 
 @_command.command()

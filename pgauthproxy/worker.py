@@ -153,7 +153,9 @@ class Worker:
         # Only now: what it takes to make metrics is not loaded where nobody asks for them.
         from pgauthproxy.ops.admin import AdminPolicy, AdminServer, measure_lag
 
-        policy = AdminPolicy(self._settings.admin.hosts, admin_token(self._settings))
+        admin = self._settings.admin
+        own = listen.parse_admin_listen(admin.listen).host
+        policy = AdminPolicy([*admin.hosts, *([own] if own else [])], admin_token(self._settings))
         server = AdminServer(listening, policy, self._snapshot, self._act, self._sink)
         measuring = asyncio.create_task(measure_lag(self._counts))
         server.start()

@@ -22,18 +22,11 @@ from pgauthproxy.events import AdminActed, Noticed, Sink
 from pgauthproxy.ops import metrics
 from pgauthproxy.ops.acts import Kill, PerformAct, in_words
 from pgauthproxy.ops.counts import Counts
-from pgauthproxy.ops.history import STEP_SECONDS, History, Point
+from pgauthproxy.ops.history import STEP_SECONDS, History
 from pgauthproxy.ops.http import HttpServer, Request, Response
 from pgauthproxy.ops.page import page
-from pgauthproxy.ops.snapshot import (
-    AuthenticatorRow,
-    Process,
-    RefusalRow,
-    SessionRow,
-    Snapshot,
-    TakeSnapshot,
-    TargetRow,
-)
+from pgauthproxy.ops.snapshot import Snapshot, TakeSnapshot
+from pgauthproxy.ops.view import view_of
 from pgauthproxy.secret import Secret
 
 LEAST_AGE_SECONDS: Final = 0.1
@@ -45,58 +38,12 @@ LAG_SECONDS: Final = 1.0
 """How often the loop's lag is measured."""
 EVENT_SECONDS: Final = 1.0
 MAX_WATCHERS: Final = 16
-MAX_ROWS: Final = 500
-"""Sessions that the page shows."""
 WRONG_TOKEN_SECONDS: Final = 0.5
 """How long a wrong token waits for its answer."""
 PATHS: Final = ("/", "/state", "/events", "/kill", "/metrics", "/healthz", "/readyz")
 FOR_MONITORS: Final = ("/metrics", "/healthz", "/readyz")
 """What holds nothing about any client."""
 KNOWN_HOSTS: Final = ("localhost",)
-COPIED: Final = (
-    "version",
-    "started",
-    "at",
-    "draining",
-    "paused",
-    "open",
-    "logging_in",
-    "accepted",
-    "refused",
-    "bytes_from_client",
-    "bytes_from_target",
-    "authenticators",
-    "targets",
-    "refusals",
-    "processes",
-)
-"""What a View has of a snapshot as it is."""
-
-
-class View(msgspec.Struct, frozen=True):
-    """What the live page and `top` show. `history` is given once, then `point`, the newest of it."""
-
-    version: str
-    started: float
-    at: float
-    draining: bool
-    paused: bool
-    open: int
-    logging_in: int
-    accepted: int
-    refused: dict[str, int]
-    bytes_from_client: int
-    bytes_from_target: int
-    authenticators: list[AuthenticatorRow]
-    targets: list[TargetRow]
-    sessions: list[SessionRow]
-    sessions_left_out: int
-    refusals: list[RefusalRow]
-    processes: list[Process]
-    can_act: bool
-    token_is_set: bool
-    point: Point | None = None
-    history: list[Point] | None = None
 
 
 class KillRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -209,17 +156,8 @@ class AdminServer:
 
     async def _view(self, *, history: bool) -> bytes:
         snapshot = await self._with_rows.fresh()
-        newest = sorted(snapshot.sessions, key=lambda row: row.since, reverse=True)[:MAX_ROWS]
-        points = self._history.points
-        view = View(
-            **{name: getattr(snapshot, name) for name in COPIED},
-            sessions=newest,
-            sessions_left_out=snapshot.sessions_left_out + len(snapshot.sessions) - len(newest),
-            can_act=self._token is not None,
-            token_is_set=self._token is not None,
-            point=points[-1] if points else None,
-            history=list(points) if history else None,
-        )
+        token_is_set = self._token is not None
+        view = view_of(snapshot, list(self._history.points), whole=history, token_is_set=token_is_set)
         return msgspec.json.encode(view)
 
     async def _events(self) -> AsyncGenerator[bytes]:
