@@ -32,8 +32,8 @@ from pgauthproxy.secret import Secret
 LEAST_AGE_SECONDS: Final = 0.1
 SHARE: Final = 50
 """A snapshot is not made anew before so many times the time that it took."""
-MAX_FORMS: Final = 4
-"""Accept headers that metrics are made for between two snapshots; for others they are made in the usual form."""
+OPENMETRICS: Final = "application/openmetrics-text"
+"""What an Accept header has in it if that is to be had."""
 LAG_SECONDS: Final = 1.0
 """How often the loop's lag is measured."""
 EVENT_SECONDS: Final = 1.0
@@ -74,7 +74,7 @@ class AdminServer:
         self._sink = sink
         self._without_rows = _Kept(take, rows=False)
         self._with_rows = _Kept(take, rows=True)
-        self._rendered: dict[str, tuple[bytes, str]] = {}
+        self._rendered: dict[bool, tuple[bytes, str]] = {}
         self._rendered_of: Snapshot | None = None
         self._history = History()
         self._remembering: asyncio.Task[None] | None = None
@@ -194,14 +194,12 @@ class AdminServer:
         if snapshot is not self._rendered_of:
             self._rendered.clear()
             self._rendered_of = snapshot
-        wanted = request.headers.get("accept", "")
-        if wanted not in self._rendered and len(self._rendered) >= MAX_FORMS:
-            wanted = ""
-        if wanted not in self._rendered:
+        openmetrics = OPENMETRICS in request.headers.get("accept", "")
+        if openmetrics not in self._rendered:
             began = time.monotonic()
-            self._rendered[wanted] = metrics.render(snapshot, wanted)
+            self._rendered[openmetrics] = metrics.render(snapshot, openmetrics=openmetrics)
             self._without_rows.keep_for(began)
-        body, content_type = self._rendered[wanted]
+        body, content_type = self._rendered[openmetrics]
         return Response(HTTPStatus.OK, body, content_type)
 
     async def _readiness(self) -> Response:

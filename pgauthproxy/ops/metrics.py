@@ -15,18 +15,22 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.exposition import generate_latest as plain_text
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS_TYPE
+from prometheus_client.openmetrics.exposition import generate_latest as openmetrics_text
 from prometheus_client.registry import Collector
 
 from pgauthproxy.ops.snapshot import BOUNDS, AuthenticatorRow, Histogram, Snapshot
 
 
-def render(snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
-    """The metrics in the form that an Accept header asks for, and the name of that form."""
+def render(snapshot: Snapshot, *, openmetrics: bool) -> tuple[bytes, str]:
+    """The metrics in one of two forms, and the type of that form."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collected(snapshot))
-    encode, content_type = choose_encoder(accept)
-    return encode(registry), content_type
+    if openmetrics:
+        return openmetrics_text(registry), OPENMETRICS_TYPE  # type: ignore[no-untyped-call]  # it has no types
+    return plain_text(registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
 class _Collected(Collector):

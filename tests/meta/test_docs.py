@@ -78,7 +78,7 @@ def names_of_metrics() -> set[str]:
         authenticators=[AuthenticatorRow("command", 1, 1, 1)],
         processes=[Process(1, 1, 1, 1, 1.0)],
     )
-    text, _ = metrics.render(busy, "")
+    text, _ = metrics.render(busy, openmetrics=False)
     return set(re.findall(r"^(pgauthproxy_\w+)", text.decode(), re.MULTILINE))
 
 

@@ -118,6 +118,22 @@ def test_both_forms_are_what_their_parsers_take(start_gateway: StartGateway, map
     assert {family.name for family in parse_openmetrics(opened.body)} >= {"pgauthproxy_logins", "pgauthproxy_build"}
 
 
+def test_no_accept_header_gets_anything_else(start_gateway: StartGateway, mapped: Path) -> None:
+    gateway = start_gateway(mapped, admin=LOCAL)
+    for accept in (
+        "application/openmetrics-text; version=abc",
+        "text/plain; version=9; escaping=x",
+        ";,;=",
+        "x" * 4000,
+    ):
+        answer = ask(gateway, "/metrics", Accept=accept)
+        assert answer.status == 200, accept
+        assert answer.headers["Content-Type"] in (
+            "text/plain; version=0.0.4; charset=utf-8",
+            "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        )
+
+
 def test_no_label_is_what_a_client_says(start_gateway: StartGateway, mapped: Path) -> None:
     gateway = start_gateway(mapped, admin=LOCAL)
     for number in range(5):
