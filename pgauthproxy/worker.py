@@ -169,7 +169,7 @@ class Worker:
             measuring.cancel()
             await server.close()
 
-    async def _snapshot(self, rows: bool) -> Snapshot:
+    async def _snapshot(self, rows: int) -> Snapshot:
         return await self._counts.snapshot(self._gateway, paused=self._gateway.held is not None, rows=rows)
 
     async def _act(self, act: Act) -> int:

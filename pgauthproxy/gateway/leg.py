@@ -20,6 +20,9 @@ T = TypeVar("T")
 MAX_PENDING: Final = 128 * 1024
 """Bytes that may wait to be read; above, the transport's reading is paused."""
 
+LONG_STEP: Final = 8 * 1024
+"""Bytes to send in one step above which others have their turn before the next: it is part of a long answer."""
+
 Derive = Callable[[Any], Awaitable[object]]
 """Answers the steps that need more than a transport: DeriveKey, Perform."""
 
@@ -176,6 +179,8 @@ class Leg(asyncio.BufferedProtocol):
                     self.send(step)
                     if self._full is not None:
                         await self._full
+                    elif len(step) > LONG_STEP:
+                        await asyncio.sleep(0)
                 elif isinstance(step, StartTls):
                     answer = await self._start_tls(step)
                 else:

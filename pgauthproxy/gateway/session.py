@@ -32,6 +32,7 @@ from pgauthproxy.gateway.console import Admin, Console, uid_of_peer
 from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
+from pgauthproxy.net.listen import address_of
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.console import Statement, serve
 from pgauthproxy.proto.startup import CancelRequest
@@ -71,8 +72,8 @@ def shutting_down() -> GatewayFault:
     return GatewayFault(CANNOT_CONNECT_NOW, "the gateway is shutting down")
 
 
-class Identity(msgspec.Struct, frozen=True, gc=False):
-    """Who a session is, at both its ends: what is kept of its login for as long as it lives."""
+class Identity(msgspec.Struct, frozen=True, array_like=True):
+    """Who a session is, at both its ends: what is kept of its login for as long as it lives, in one piece of memory."""
 
     user: bytes
     database: bytes
@@ -89,6 +90,7 @@ class Session:
     """
 
     __slots__ = (
+        "_address",
         "_began",
         "_cause",
         "_client",
@@ -97,17 +99,16 @@ class Session:
         "_detail",
         "_ends_lost",
         "_gateway",
+        "_identity",
         "_is_client",
-        "_number",
         "_reason",
         "_started",
         "_target_end",
         "_task",
         "_timer",
-        "address",
         "cancel_key",
         "cancelling",
-        "identity",
+        "number",
         "reached",
         "reached_tls",
         "target_key",
@@ -118,7 +119,7 @@ class Session:
         gateway.limits.begin_login(number, self.refuse_login)
         gateway.sessions.add(self)
         self._gateway = gateway
-        self._number = number
+        self.number = number
         self._began = time.monotonic()
         self._client: ClientLeg | None = None
         self._client_end: _relay.End | None = None
@@ -132,8 +133,8 @@ class Session:
         self._detail = ""
         self._ends_lost = 0
         self._is_client = False
-        self.address = ""
-        self.identity: Identity | None = None
+        self._address = ""
+        self._identity = b""
         self.cancel_key = b""
         self.cancelling = False
         self.target_key = b""
@@ -143,7 +144,7 @@ class Session:
     @property
     def id(self) -> str:
         """As in the logs, and as the authenticator gets it."""
-        return f"{self._number:x}"
+        return f"{self.number:x}"
 
     @property
     def seconds(self) -> float:
@@ -155,9 +156,26 @@ class Session:
         """In a word."""
         if self._console is not None:
             return "console"
-        if self.identity is None:
+        if not self._identity:
             return "logging in"
         return "relaying" if self._reason is None else "closing"
+
+    @property
+    def address(self) -> str:
+        """The client's."""
+        if self._address or self._client_end is None:
+            return self._address
+        return address_of(self._client_end.transport.get_extra_info("peername"))
+
+    @property
+    def has_target(self) -> bool:
+        """Whether it has logged in, and to more than the console."""
+        return bool(self._identity)
+
+    @property
+    def identity(self) -> Identity | None:
+        """None until it has a target."""
+        return msgspec.msgpack.decode(self._identity, type=Identity) if self._identity else None
 
     @property
     def started(self) -> Started | None:
@@ -173,7 +191,7 @@ class Session:
 
     def begin(self, connection: socket.socket, address: str) -> None:
         """Takes over an accepted, non-blocking socket."""
-        self.address = address
+        self._address = address
         loop = asyncio.get_running_loop()
         deadline = GatewayFault(
             INVALID_AUTHORIZATION, "canceling authentication due to timeout", "login_timeout: the login took too long"
@@ -217,7 +235,7 @@ class Session:
             raise
         finally:
             self._task = None
-            self._gateway.limits.end_login(self._number)
+            self._gateway.limits.end_login(self.number)
             if not relaying:
                 self._over()
 
@@ -228,7 +246,7 @@ class Session:
 
         local = connection.family == socket.AF_UNIX
         wanted = await client.receive_startup(gateway.admission.policy, gateway.client_tls, local=local)
-        gateway.limits.named(self._number)
+        gateway.limits.named(self.number)
         if isinstance(wanted, CancelRequest):
             await self._cancel(client, wanted, accepted)
             return False
@@ -326,7 +344,7 @@ class Session:
                 seconds, self.end, CloseReason.TIME_LIMIT, b"terminating connection: its time limit is reached"
             )
         started, mapping = attached.granted.started, attached.granted.mapping
-        self.identity = Identity(
+        identity = Identity(
             user=started.user,
             database=started.database,
             application_name=parameter(started.parameters, b"application_name"),
@@ -334,7 +352,9 @@ class Session:
             target_user=mapping.user,
             target_database=mapping.database,
         )
+        self._identity = msgspec.msgpack.encode(identity)
         # What belongs to the login alone is not kept for the session's life.
+        self._address = ""
         self._client = None
         self._started = None
 

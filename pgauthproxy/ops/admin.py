@@ -26,7 +26,7 @@ from pgauthproxy.ops.history import STEP_SECONDS, History
 from pgauthproxy.ops.http import HttpServer, Request, Response
 from pgauthproxy.ops.page import page
 from pgauthproxy.ops.snapshot import Snapshot, TakeSnapshot
-from pgauthproxy.ops.view import view_of
+from pgauthproxy.ops.view import MAX_ROWS, view_of
 from pgauthproxy.secret import Secret
 
 LEAST_AGE_SECONDS: Final = 0.1
@@ -72,8 +72,8 @@ class AdminServer:
         self._take = take
         self._act = act
         self._sink = sink
-        self._without_rows = _Kept(take, rows=False)
-        self._with_rows = _Kept(take, rows=True)
+        self._without_rows = _Kept(take, rows=0)
+        self._with_rows = _Kept(take, rows=MAX_ROWS)
         self._rendered: dict[bool, tuple[bytes, str]] = {}
         self._rendered_of: Snapshot | None = None
         self._history = History()
@@ -211,7 +211,7 @@ class AdminServer:
 class _Kept:
     """The newest snapshot, taken anew when it is asked for and old enough."""
 
-    def __init__(self, take: TakeSnapshot, *, rows: bool) -> None:
+    def __init__(self, take: TakeSnapshot, *, rows: int) -> None:
         self._take = take
         self._rows = rows
         self._making = asyncio.Lock()

@@ -4,6 +4,7 @@ Whoever is let in may look; acts are for those who may act, each of which is an 
 shown as the log shows it.
 """
 
+import asyncio
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from pgauthproxy.errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER_VALUE, 
 from pgauthproxy.events import AdminActed, Sink
 from pgauthproxy.gateway.console import Admin
 from pgauthproxy.ops.acts import Act, Kill, KillUser, Pause, PerformAct, Reload, Resume, Shutdown, in_words
-from pgauthproxy.ops.snapshot import Histogram, Snapshot, TakeSnapshot
-from pgauthproxy.proto.console import Column, ConsoleError, Control, Result, Statement, Type, Value
+from pgauthproxy.ops.snapshot import MAX_SESSIONS, Histogram, SessionRow, Snapshot, TakeSnapshot
+from pgauthproxy.proto.console import ROWS_AT_ONCE, Column, ConsoleError, Control, Result, Statement, Type, Value
 
 TOKEN: Final = re.compile(
     r"""
@@ -231,30 +232,38 @@ class Answers:
                 (key.path, schema.shown(key, schema.in_force(settings, key)), key.default_text)
                 for key in schema.all_keys()
             ]
-        snapshot = await self.take(what == "CLIENTS")
-        return ROWS[what](snapshot)
+        if what == "CLIENTS":
+            return await _clients(await self.take(MAX_SESSIONS))
+        return ROWS[what](await self.take(0))
 
 
-def _clients(snapshot: Snapshot) -> list[tuple[Value, ...]]:
-    return [
-        (
-            row.session,
-            row.state,
-            row.user,
-            row.database,
-            row.client,
-            row.application_name,
-            row.tls or None,
-            row.target or None,
-            row.target_user or None,
-            row.target_database or None,
-            row.since,
-            round(snapshot.at - row.since, 3),
-            row.bytes_from_client,
-            row.bytes_from_target,
-        )
-        for row in sorted(snapshot.sessions, key=lambda row: row.since)
-    ]
+async def _clients(snapshot: Snapshot) -> list[tuple[Value, ...]]:
+    """Many may be there: others have their turn now and then."""
+    rows: list[tuple[Value, ...]] = []
+    for row in sorted(snapshot.sessions, key=lambda row: row.since):
+        rows.append(_client(row, snapshot.at))
+        if len(rows) % ROWS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+    return rows
+
+
+def _client(row: SessionRow, now: float) -> tuple[Value, ...]:
+    return (
+        row.session,
+        row.state,
+        row.user,
+        row.database,
+        row.client,
+        row.application_name,
+        row.tls or None,
+        row.target or None,
+        row.target_user or None,
+        row.target_database or None,
+        row.since,
+        round(now - row.since, 3),
+        row.bytes_from_client,
+        row.bytes_from_target,
+    )
 
 
 def _targets(snapshot: Snapshot) -> list[tuple[Value, ...]]:
@@ -300,7 +309,6 @@ def _authenticators(snapshot: Snapshot) -> list[tuple[Value, ...]]:
 
 
 ROWS: Final[dict[str, Callable[[Snapshot], list[tuple[Value, ...]]]]] = {
-    "CLIENTS": _clients,
     "TARGETS": _targets,
     "STATS": _stats,
     "AUTHENTICATORS": _authenticators,

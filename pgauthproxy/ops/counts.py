@@ -5,6 +5,7 @@ counters are read when somebody asks. Whoever asks does not hold up the loop: ma
 """
 
 import asyncio
+import heapq
 import os
 import resource
 import sys
@@ -50,8 +51,9 @@ from pgauthproxy.ops.snapshot import (
 )
 from pgauthproxy.stages import Address
 
-AT_ONCE: Final = 500
-"""Sessions that are gone through before the loop has its turn: well under a millisecond."""
+AT_ONCE: Final = 16
+TURN_SECONDS: Final = 0.0004
+"""How long sessions are gone through before the loop has its turn; looked at after each AT_ONCE."""
 KEPT_OF_NAMES: Final = 256
 """Bytes of a client's words that a refusal is kept with."""
 REASONS: Final = {
@@ -163,16 +165,20 @@ class Counts:
             found = self._targets[address] = TargetRow(str(address))
         return found
 
-    async def snapshot(self, gateway: Gateway, *, paused: bool = False, rows: bool = True) -> Snapshot:
-        """What there is now. Sessions and refusals one by one only with `rows`."""
+    async def snapshot(self, gateway: Gateway, *, paused: bool = False, rows: int = MAX_SESSIONS) -> Snapshot:
+        """What there is now, with so many of the newest sessions one by one, and refusals if there are any `rows`."""
         open_at: dict[Address, int] = {}
         sessions: list[SessionRow] = []
         running = [0, 0]
         logging_in = count = 0
         now = time.time()
         ended = list(self._bytes_of_ended)
+        turn = time.monotonic()
+        shown = (
+            set(heapq.nlargest(rows, gateway.sessions, key=_number_of)) if 0 < rows < len(gateway.sessions) else None
+        )
         for number, session in enumerate(list(gateway.sessions), 1):
-            if session.identity is None:
+            if not session.has_target:
                 logging_in += session.state != "console"
             else:
                 count += 1
@@ -180,10 +186,11 @@ class Counts:
                 from_client, from_target = session.moved
                 running[0] += from_client
                 running[1] += from_target
-            if rows and len(sessions) < MAX_SESSIONS:
+            if rows and (shown is None or session in shown):
                 sessions.append(_row(session, now))
-            if number % AT_ONCE == 0:
+            if number % AT_ONCE == 0 and time.monotonic() - turn > TURN_SECONDS:
                 await asyncio.sleep(0)
+                turn = time.monotonic()
         # One that ended meanwhile is missing in both, this time; but a counter never goes back.
         told = self._bytes_told
         for side in (0, 1):
@@ -223,6 +230,10 @@ class Counts:
         others.sessions = sum(open_at.values())
         if others.logins or others.failures:
             yield msgspec.structs.replace(others)
+
+
+def _number_of(session: Session) -> int:
+    return session.number
 
 
 def _row(session: Session, now: float) -> SessionRow:

@@ -227,8 +227,11 @@ class Snapshot(msgspec.Struct):
         )
 
 
-TakeSnapshot = Callable[[bool], Awaitable[Snapshot]]
-"""Gives what the whole gateway knows of itself now; with True, its sessions and refusals one by one too."""
+TakeSnapshot = Callable[[int], Awaitable[Snapshot]]
+"""Gives what the whole gateway knows of itself now, with so many of its newest sessions one by one.
+
+Refusals are in it if any sessions are asked for.
+"""
 
 
 def _sum(mine: dict[str, int], theirs: dict[str, int]) -> dict[str, int]:

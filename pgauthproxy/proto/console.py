@@ -65,7 +65,7 @@ LIMITS: Final = {
 }
 MAX_KEPT: Final = 128
 """Prepared statements, and portals, of one client."""
-ROWS_AT_ONCE: Final = 200
+ROWS_AT_ONCE: Final = 100
 """Rows that are sent in one step: whoever drives may wait between steps until the client has read."""
 
 IDLE: Final = b"I"

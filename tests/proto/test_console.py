@@ -164,7 +164,7 @@ def test_many_rows_are_sent_in_parts() -> None:
     framer = _wire.Framer({})
     outcome = run(serve(framer), framer, [query("many")], perform=perform)
     assert kinds(messages(outcome)[1:]) == b"T" + 1000 * b"D" + b"CZ"
-    assert len(outcome.sent) == 1 + 1 + 5 + 1 + 1
+    assert len(outcome.sent) == 1 + 1 + 10 + 1 + 1
 
 
 # Transactions

@@ -114,7 +114,7 @@ class Gateway:
         )
         self.answers = Answers(self.take, self.act, lambda: settings, self.events.append)
 
-    async def take(self, rows: bool) -> Snapshot:
+    async def take(self, rows: int) -> Snapshot:
         row = SessionRow("1f", "relaying", "[local]", "alice", "db", "", "", "a:1", "r", "d", 100.0, 5, 6)
         return Snapshot(
             version="1.2",
@@ -141,7 +141,7 @@ def test_every_row_has_a_value_for_every_column(what: str) -> None:
     assert isinstance(result, Result)
     assert result.rows
     assert {len(row) for row in result.rows} == {len(SHOWN[what])}
-    assert set(ROWS) | {"HELP", "CONFIG"} == set(SHOWN)
+    assert set(ROWS) | {"CLIENTS", "HELP", "CONFIG"} == set(SHOWN)
 
 
 def test_help_names_everything_and_all_of_it_is_understood() -> None:
