@@ -87,6 +87,12 @@ class GatewayFault(Fault):
     """The gateway cannot serve: it is full, or shutting down."""
 
 
+def refused_token(user: bytes, detail: str, told: bytes | None = None) -> ClientFault:
+    """28000 for a bearer token, in PostgreSQL's own words (or those of `told`)."""
+    text = told or b'OAuth bearer authentication failed for user "' + user + b'"'
+    return ClientFault(INVALID_AUTHORIZATION, text, detail)
+
+
 def wrong_password(user: bytes, detail: str, told: bytes | None = None) -> ClientFault:
     """28P01 in PostgreSQL's own words (or those of `told`), the same for an unknown user as for a wrong password."""
     return ClientFault(INVALID_PASSWORD, told or b'password authentication failed for user "' + user + b'"', detail)

@@ -16,6 +16,7 @@ class CloseReason(StrEnum):
     CLIENT_LOST = "client connection lost"
     TARGET_CLOSED = "target closed"
     TARGET_LOST = "target connection lost"
+    LEASE_ENDED = "lease of the credential ended"
     TIME_LIMIT = "time limit reached"
     SHUTDOWN = "gateway shut down"
     KILLED = "ended by an administrator"

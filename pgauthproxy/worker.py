@@ -17,7 +17,7 @@ import uvloop
 from pgauthproxy import _spawn
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
 from pgauthproxy.build import admin_token, build_client_tls, build_console, build_gateway, check_target_tls, tcp_options
-from pgauthproxy.config.schema import Settings
+from pgauthproxy.config.schema import AuthenticatorSettings, Settings
 from pgauthproxy.errors import GatewayFault
 from pgauthproxy.events import CloseReason, Noticed, Refused, Sink, both
 from pgauthproxy.gateway.session import Gateway, Session, shutting_down
@@ -37,6 +37,8 @@ DESCRIPTORS_FOR_OPERATORS: Final = 68
 ADMIN_BACKLOG: Final = 64
 DESCRIPTORS_OF_A_SESSION: Final = 2
 DESCRIPTORS_OF_AN_AUTHENTICATOR: Final = 10
+RELEASE_SECONDS: Final = 5.0
+"""How long the end waits for what sessions have given back to arrive."""
 
 
 def open_listeners(settings: Settings) -> list[socket.socket]:
@@ -93,10 +95,8 @@ def _fitting(settings: Settings, descriptors: int, sink: Sink) -> Settings:
 
     A login that has not named itself holds one; there may be max_logins of them besides the clients.
     """
-    reserved = DESCRIPTORS_FOR_ITSELF + DESCRIPTORS_OF_AN_AUTHENTICATOR * settings.authenticator.max_parallel
-    if settings.admin.listen:
-        reserved += DESCRIPTORS_FOR_OPERATORS
-    free = descriptors - reserved
+    reserved = DESCRIPTORS_FOR_OPERATORS if settings.admin.listen else 0
+    free = descriptors - DESCRIPTORS_FOR_ITSELF - reserved - _descriptors_of(settings.authenticator)
     if settings.max_clients * DESCRIPTORS_OF_A_SESSION + settings.max_logins <= free:
         return settings
     max_logins = min(settings.max_logins, max(1, free // 4))
@@ -109,6 +109,17 @@ def _fitting(settings: Settings, descriptors: int, sink: Sink) -> Settings:
             facts = ((name, fitting), ("asked_for", asked_for), ("descriptors", descriptors))
             sink(Noticed("warning", f"{name} lowered to what the limit on descriptors allows", facts))
     return msgspec.structs.replace(settings, max_clients=max_clients, max_logins=max_logins)
+
+
+def _descriptors_of(asked: AuthenticatorSettings) -> int:
+    """What an authenticator holds at most."""
+    match asked.decided_kind:
+        case "http":
+            return asked.http.max_in_flight
+        case "chain":
+            return sum(map(_descriptors_of, asked.chain))
+        case _:
+            return DESCRIPTORS_OF_AN_AUTHENTICATOR * asked.max_parallel
 
 
 def _fill_standard_descriptors() -> None:
@@ -256,6 +267,8 @@ class Worker:
         except AuthenticatorConfigError as error:
             for fault in error.faults:
                 self._sink(Noticed("error", "authenticator not loaded, the old one stays", (("reason", fault),)))
+        else:
+            self._sink(Noticed("info", "authenticator loaded anew"))
 
     def _reload_certificates(self) -> None:
         """Reads certificates anew, for connections from here on. What cannot be used leaves the old ones in force."""
@@ -288,6 +301,8 @@ class Worker:
             self._reloading.cancel()
             await asyncio.wait([self._reloading])
         self._gateway.targets.warm.close()
+        if self._gateway.releasing:
+            await asyncio.wait(self._gateway.releasing, timeout=RELEASE_SECONDS)
         await self._gateway.admission.authenticator.close()
 
     async def _wait_for_end(self, seconds: float) -> None:

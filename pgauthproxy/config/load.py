@@ -119,7 +119,7 @@ def _convert(key: Key, value: object) -> object:
     if isinstance(value, str):
         if (key.owner, key.name) == (AuthenticatorSettings, "cmd"):
             value = shlex.split(value)
-        elif key.path in SECTIONS or isinstance(key.default, dict):
+        elif key.holds_structs or isinstance(key.default, dict):
             value = _parse_yaml(value)
         elif isinstance(key.default, list) or (key.owner, key.name) == (AuthenticatorSettings, "env"):
             value = [part.strip() for part in value.split(",")]

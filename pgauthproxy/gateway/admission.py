@@ -3,7 +3,8 @@
 Two orders, by the method. With `md5` and `cleartext` the client answers first, and the authenticator judges the answer;
 if it gives a verifier instead of a judgement, the gateway compares. With `scram-sha-256` the authenticator is asked
 first, since the exchange begins with the user's own salt; with `cert` there is nothing left to prove. Whoever the
-authenticator refuses goes through the same exchange, and fails at its end.
+authenticator refuses goes through the same exchange, and fails at its end. With `oauth` the client shows a token, over
+TLS alone. A credential that is made for one session is made last of all, for whom has proved everything.
 """
 
 import asyncio
@@ -16,12 +17,19 @@ from typing import Protocol
 
 from pgauthproxy._digest import md5_answer, md5_password
 from pgauthproxy.auth.model import Authenticator, Denied, Question
-from pgauthproxy.errors import INVALID_AUTHORIZATION, INVALID_PASSWORD, AuthenticatorFault, ClientFault, wrong_password
+from pgauthproxy.errors import (
+    INVALID_AUTHORIZATION,
+    INVALID_PASSWORD,
+    AuthenticatorFault,
+    ClientFault,
+    refused_token,
+    wrong_password,
+)
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.proto import scram
-from pgauthproxy.proto.client_login import MD5_ANSWER, Proof
+from pgauthproxy.proto.client_login import MD5_ANSWER, NO_SALT, Proof
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import FromClient, Granted, Mapping, Password, ProvedKeys, Started
+from pgauthproxy.stages import FromClient, Granted, Leased, Mapping, Password, ProvedKeys, Started
 
 Watcher = Callable[[], object]
 
@@ -37,6 +45,12 @@ class Client(Protocol):
 
     async def receive_scram(self, started: Started, verifier: scram.Verifier, policy: ClientPolicy) -> scram.Keys:
         """Its keys, once it has proved that it knows the password of this verifier."""
+
+    async def receive_token(self, started: Started, policy: ClientPolicy) -> Secret:
+        """Its bearer token."""
+
+    async def refuse_token(self, policy: ClientPolicy) -> None:
+        """Ends the exchange of a token that will not do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +72,8 @@ class Admission:
                 return await self._by_scram(started, client, client_left)
             if self.policy.method == "cert":
                 return await self._by_certificate(started, client, client_left)
+            if self.policy.method == "oauth":
+                return await self._by_token(started, client, client_left)
             return await self._by_password(started, client, client_left)
         except Denied as denied:
             raise wrong_password(started.user, denied.reason, denied.told) from None
@@ -74,14 +90,29 @@ class Admission:
             raise
         if mapping.verifier is not None:
             await _compare(started, mapping.verifier.reveal(), proof)
-        return _grant(started, mapping, Password(proof.answer) if proof.method == "cleartext" else None, seconds)
+        return await _grant(started, mapping, Password(proof.answer) if proof.method == "cleartext" else None, seconds)
 
     async def _by_certificate(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         if started.encryption is None or started.encryption.certificate is None:
             raise ClientFault(INVALID_AUTHORIZATION, "connection requires a valid client certificate")
         client.watch(client_left)
         mapping, seconds = await self._ask(Question(started, self.policy.method))
-        return _grant(started, mapping, None, seconds)
+        return await _grant(started, mapping, None, seconds)
+
+    async def _by_token(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+        if started.encryption is None:
+            raise ClientFault(INVALID_AUTHORIZATION, "OAuth bearer authentication requires TLS")
+        token = await client.receive_token(started, self.policy)
+        client.watch(client_left)
+        try:
+            mapping, seconds = await self._ask(Question(started, self.policy.method, token, NO_SALT))
+        except Denied as denied:
+            await client.refuse_token(self.policy)
+            raise refused_token(started.user, denied.reason, denied.told) from None
+        if mapping.verifier is not None:
+            # Nothing holds a token to it, so to go on would let anybody in.
+            raise AuthenticatorFault("authenticator gave a _META_SOURCE_VERIFIER that method oauth cannot use")
+        return await _grant(started, mapping, None, seconds)
 
     async def _by_scram(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         client.watch(client_left)
@@ -95,7 +126,7 @@ class Admission:
             raise AuthenticatorFault("authenticator gave no _META_SOURCE_VERIFIER that is a SCRAM verifier")
         keys = await client.receive_scram(started, verifier, self.policy)
         proved = ProvedKeys(Secret(keys.client), Secret(keys.server), verifier.salt, verifier.iterations)
-        return _grant(started, mapping, proved, seconds)
+        return await _grant(started, mapping, proved, seconds)
 
     async def _fail_by_scram(self, started: Started, client: Client, like: Secret | None) -> None:
         """The same exchange as for anybody, so that nobody learns who exists, with a verifier that nothing fits."""
@@ -132,11 +163,27 @@ async def _compare(started: Started, verifier: bytes, proof: Proof) -> None:
         raise wrong_password(started.user, "wrong password")
 
 
-def _grant(started: Started, mapping: Mapping, proved: Password | ProvedKeys | None, seconds: float) -> Granted:
-    """The grant, with the credential for the target: the mapping's, or what the client proved if that is asked for."""
+async def _grant(started: Started, mapping: Mapping, proved: Password | ProvedKeys | None, seconds: float) -> Granted:
+    """The grant, with the credential for the target: the mapping's, or what the client proved if that is asked for.
+
+    Nothing is waited for once a credential was lent: a grant that is cancelled then would keep it.
+    """
+    if isinstance(mapping.credential, Leased):
+        mapping, seconds = await _borrow(mapping, mapping.credential, seconds)
     credential = mapping.credential
+    if isinstance(credential, Leased):
+        raise AuthenticatorFault("a lender gave what is to be borrowed")
     if not isinstance(credential, FromClient):
         return Granted(started, mapping, credential, seconds)
     if proved is None:
         raise AuthenticatorFault("_META_TARGET_CRED=client needs a client that answers in cleartext or by SCRAM")
     return Granted(started, mapping, proved, seconds)
+
+
+async def _borrow(mapping: Mapping, wanted: Leased, seconds: float) -> tuple[Mapping, float]:
+    """The mapping with a credential that was made for it, and how many seconds all answers took together."""
+    if wanted.lender is None:
+        raise AuthenticatorFault("a credential of vault: is asked for, and authenticator.vault.address is not set")
+    asked = time.monotonic()
+    mapping = await wanted.lender.lend(mapping, wanted.path)
+    return mapping, seconds + time.monotonic() - asked

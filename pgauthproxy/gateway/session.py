@@ -37,7 +37,7 @@ from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.console import Statement, serve
 from pgauthproxy.proto.startup import CancelRequest
 from pgauthproxy.proto.steps import Perform, TlsPlan, TlsSide
-from pgauthproxy.stages import Accepted, Address, Attached, Started, parameter
+from pgauthproxy.stages import Accepted, Address, Attached, Lease, Started, parameter
 
 
 @dataclass(slots=True)
@@ -59,8 +59,15 @@ class Gateway:
     held: asyncio.Event | None = None
     """Where new logins wait, while they are paused; set once they may go on."""
     draining: bool = False
+    releasing: set[asyncio.Task[None]] = field(default_factory=set)
+    """What sessions give back, on its way."""
     idle: Callable[[], None] | None = None
     """Called whenever the last session is over."""
+
+    def give_back(self, lease: Lease) -> None:
+        task = asyncio.get_running_loop().create_task(lease.release())
+        self.releasing.add(task)
+        task.add_done_callback(self.releasing.discard)
 
 
 NOWHERE: Final = Address("", 0)
@@ -101,6 +108,7 @@ class Session:
         "_gateway",
         "_identity",
         "_is_client",
+        "_lease",
         "_reason",
         "_started",
         "_target_end",
@@ -135,6 +143,7 @@ class Session:
         self._is_client = False
         self._address = ""
         self._identity = b""
+        self._lease: Lease | None = None
         self.cancel_key = b""
         self.cancelling = False
         self.target_key = b""
@@ -264,6 +273,7 @@ class Session:
             client.watch(None)
 
         granted = await gateway.admission.admit(started, client, self._client_left)
+        self._lease = granted.mapping.lease
         attached, target = await gateway.targets.attach(granted)
         try:
             self._attach(client, target, attached, wanted.minor)
@@ -357,6 +367,11 @@ class Session:
         self._address = ""
         self._client = None
         self._started = None
+        if self._lease is not None:
+            self._lease.watch(self._lease_ended)
+
+    def _lease_ended(self) -> None:
+        self.end(CloseReason.LEASE_ENDED, b"terminating connection: the lease of its credential has ended")
 
     def target_finished(self) -> None:
         """The target has said its last word: an `End` reports it."""
@@ -424,6 +439,9 @@ class Session:
         self._client = None
         self._cause = None
         gateway = self._gateway
+        if self._lease is not None:
+            gateway.give_back(self._lease)
+            self._lease = None
         if self._is_client:
             gateway.limits.end_client()
         gateway.sessions.discard(self)

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from pgauthproxy.net import sockets
 
-MOST_ACCEPTS_AT_ONCE: Final = 64
+MOST_ACCEPTS_AT_ONCE: Final = 4
+"""A crowd is let in by a few at a time, between which all others get their turn."""
 PAUSE_SECONDS: Final = 0.5
 OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 UNIX_PREFIX: Final = "unix:"

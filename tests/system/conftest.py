@@ -97,6 +97,18 @@ def running_gateway(folder: Path, cmd: Path, **settings: Any) -> Iterator[Gatewa
     assert "Traceback" not in written, written
 
 
+LOADED_ANEW = "authenticator loaded anew"
+NOT_LOADED = "authenticator not loaded, the old one stays"
+
+
+def reload(gateway: Gateway, what: str = LOADED_ANEW) -> dict[str, Any]:
+    """Asks for everything to be read anew; what the log says of the authenticator then."""
+    count = len(gateway.log_lines(what))
+    gateway.process.send_signal(signal.SIGHUP)
+    gateway.wait_for(what, count + 1)
+    return gateway.log_lines(what)[-1]
+
+
 @pytest.fixture(scope="module", params=["md5", "cleartext"])
 def either_gateway(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, postgres: ThrowawayPostgres
@@ -481,11 +493,14 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs pgauthproxy in a folder of its own until it ends."""
+    """Runs pgauthproxy in a folder of its own until it ends; `typed` is what it reads."""
 
-    def start(*arguments: str, before: Sequence[str] = (), **variables: str) -> subprocess.CompletedProcess[str]:
+    def start(
+        *arguments: str, before: Sequence[str] = (), typed: str = "", **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*before, *MODULE, *arguments],
+            input=typed,
             capture_output=True,
             text=True,
             cwd=tmp_path,

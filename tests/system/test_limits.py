@@ -256,6 +256,17 @@ def test_few_descriptors_mean_few_clients_and_a_warning(start_gateway: StartGate
     assert not gateway.log_lines("accepting pauses")
 
 
+@pytest.mark.parametrize("links", [(100,), (40, 60)])
+def test_connections_to_services_count_as_descriptors(links: tuple[int, ...], start_gateway: StartGateway) -> None:
+    chain = [{"http": {"url": "http://localhost:1/", "max_in_flight": number}} for number in links]
+    settings = chain[0] if len(chain) == 1 else {"chain": chain}
+    gateway = start_gateway(
+        [], before=limited_to(FEW_DESCRIPTORS), authenticator=settings, max_clients=20, max_logins=9
+    )
+    # Of 200, 64 are for itself and 100 for the services.
+    assert gateway.wait_for("max_clients lowered to what the limit on descriptors allows")["max_clients"] == 13
+
+
 def test_enough_descriptors_mean_no_warning(start_gateway: StartGateway, mapped: Path) -> None:
     gateway = start_gateway(mapped, before=limited_to(FEW_DESCRIPTORS), max_clients=10, max_logins=10)
     assert not [line for line in gateway.log_lines() if line["level"] == "warning"]

@@ -22,7 +22,7 @@ from pgauthproxy.proto import scram
 from pgauthproxy.proto.scram import ScramClient, Verifier
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import Gateway, StartGateway, WriteAuthenticator
-from tests.system.conftest import Run, assert_one_clear_line, wait_until
+from tests.system.conftest import NOT_LOADED, Run, assert_one_clear_line, wait_until
 from tests.tls import HOST, Authority, Identity
 from tests.wire import RawClient, message, password, startup
 
@@ -31,7 +31,6 @@ SCRAM = Verifier.of(SECRET.encode(), b"sixteen bytes of", 4096).text().decode()
 MD5 = md5_password(SECRET.encode(), b"alice").decode()
 REFUSED = 'password authentication failed for user "{}"'
 LOADED = "users loaded"
-NOT_LOADED = "authenticator not loaded, the old one stays"
 
 Content = dict[str, Any]
 
@@ -576,7 +575,7 @@ def test_a_method_that_the_verifiers_do_not_serve_is_told(
 
 def test_a_command_and_a_file_at_once_need_a_word(run: Run, configured: Callable[..., Path], main: Content) -> None:
     configured(users_of(main, alice={}), cmd="/bin/true")
-    assert_one_clear_line(run(), "authenticator.kind: must say which, since both cmd and users.file are set")
+    assert_one_clear_line(run(), "authenticator.kind: must say which, since cmd and users.file are set")
 
 
 def test_the_kind_needs_its_file(run: Run, tmp_path: Path) -> None:

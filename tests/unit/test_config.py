@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+from pgauthproxy.auth.targets import TargetSpec
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
 from pgauthproxy.config.schema import CertificateSettings, Settings
@@ -129,6 +130,13 @@ COMPANIONS = {
 VALUES: dict[str, tuple[str, object]] = {
     "authenticator.cmd": ("one two", ["one", "two"]),
     "authenticator.chain": ("[{cmd: one}]", [schema.AuthenticatorSettings(cmd=["one"])]),
+    "authenticator.http.headers": ("{X-One: two}", {"X-One": "two"}),
+    "authenticator.targets": ("{db: {host: a, user: b}}", {"db": TargetSpec(host="a", user="b")}),
+    "authenticator.ldap.name_attribute": ("cn", "cn"),
+    "authenticator.ldap.rules": ("[{target: db}]", [schema.LdapRule(target="db")]),
+    "authenticator.ldap.max_parallel": ("42", 42),
+    "authenticator.jwt.algorithms": ("ES256,EdDSA", ["ES256", "EdDSA"]),
+    "authenticator.jwt.rules": ("[{target: db}]", [schema.JwtRule(target="db")]),
     "authenticator.max_parallel": ("42", 42),
     "authenticator.workers.min": ("42", 42),
     "authenticator.workers.max": ("42", 42),

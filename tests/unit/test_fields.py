@@ -324,6 +324,21 @@ def test_a_refusal_says_what_it_wants_if_it_can_be_read(output: bytes, told: byt
 
 
 @pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (b"", None),
+        (b"_META_ERROR=x\n", None),
+        (b"_META_FAILED=\n", b""),
+        (ANSWER + b"_META_FAILED=no directory\n", b"no directory"),
+        (b"_META_FAILED=x\n\0", None),
+        (b"\n" * MAX_LINES + b"_META_FAILED=x\n", None),
+    ],
+)
+def test_a_failure_is_told_apart_from_a_refusal_if_it_can_be_read(output: bytes, said: bytes | None) -> None:
+    assert fields.decode_failure(output, MAX_LINES) == said
+
+
+@pytest.mark.parametrize(
     ("text", "hosts"),
     [
         (b"db", [("db", 5432)]),
