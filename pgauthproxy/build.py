@@ -1,9 +1,12 @@
 """The one place where the parts are put together: settings in, a gateway out."""
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import secrets
+from collections.abc import Awaitable, Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +15,7 @@ import msgspec
 from pgauthproxy import _relay
 from pgauthproxy._ledger import Ledger
 from pgauthproxy.auth import references
+from pgauthproxy.auth.admins import AdminsAuthenticator
 from pgauthproxy.auth.cache import CachedAuthenticator
 from pgauthproxy.auth.calls import CallLimits
 from pgauthproxy.auth.chain import ChainAuthenticator
@@ -26,10 +30,11 @@ from pgauthproxy.auth.worker import WorkerAuthenticator, WorkerLimits
 from pgauthproxy.config.load import authenticator_environment
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import AuthenticatorFault
-from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink
+from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink, ignore
 from pgauthproxy.gateway.access import Access, Denials
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.client_leg import ClientPolicy
+from pgauthproxy.gateway.console import Admin, Console
 from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.rules import SessionRules
@@ -37,17 +42,20 @@ from pgauthproxy.gateway.session import Gateway, Statements
 from pgauthproxy.gateway.target_leg import TargetPolicy, Targets
 from pgauthproxy.gateway.throttle import Throttle, ThrottleRules
 from pgauthproxy.net.dial import TcpOptions
-from pgauthproxy.net.listen import ListenError, parse_listen
+from pgauthproxy.net.listen import ListenError, parse_admin_listen, parse_listen
 from pgauthproxy.net.tls import CertificateFiles, ClientSide, TlsConfigError, build_target_context, fault_of, resolve
 from pgauthproxy.ops import outlets
 from pgauthproxy.ops.audit import AuditSink
-from pgauthproxy.proto import client_login
+from pgauthproxy.proto import client_login, scram
+from pgauthproxy.proto.console import ConsoleError, Parse, Result, Statement
 from pgauthproxy.proto.target_login import TargetLimits
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import TargetTls
 
 LEDGER_ENTRIES_OF_A_CLIENT: Final = 8
 """A user's and an address's, four times over, so that they are found at once."""
+LEAST_TOKEN: Final = 16
+"""Characters of admin.token."""
 
 
 def tcp_options(settings: Settings) -> TcpOptions:
@@ -285,7 +293,7 @@ def _http(settings: Settings, sink: Sink) -> HttpAuthenticator:
     return HttpAuthenticator(wanted.http.url, wanted.http.headers, wanted.http.ca, limits, sink)
 
 
-def build_targets(settings: Settings) -> Targets:
+def build_targets(settings: Settings, sink: Sink = ignore) -> Targets:
     """The way to targets, with the buffer that all sessions forward through."""
     target = settings.target
     major, minor = map(int, target.protocol.split("."))
@@ -304,7 +312,7 @@ def build_targets(settings: Settings) -> Targets:
         ),
         tcp=tcp_options(settings),
     )
-    return Targets(policy, _relay.ForwardBuffer(settings.buffer_size))
+    return Targets(policy, _relay.ForwardBuffer(settings.buffer_size), sink)
 
 
 def target_tls(settings: Settings) -> TargetTls:
@@ -367,6 +375,59 @@ def build_admission(settings: Settings, authenticator: Authenticator, throttle: 
     )
 
 
+def admin_token(settings: Settings) -> Secret | None:
+    """What opens the live page, if anything does. Raises AuthenticatorConfigError."""
+    if not settings.admin.token:
+        return None
+    try:
+        token = references.resolve(settings.admin.token)
+    except AuthenticatorConfigError as error:
+        raise AuthenticatorConfigError(*(f"admin.token: {fault}" for fault in error.faults)) from None
+    if len(token.reveal()) < LEAST_TOKEN or not token.reveal().isascii():
+        raise AuthenticatorConfigError(f"admin.token: must be {LEAST_TOKEN} characters of ASCII or more")
+    return token
+
+
+def admin_verifiers(settings: Settings) -> tuple[dict[bytes, Secret], list[str]]:
+    """The verifiers of all who may in at the admin console, and what is wrong with others'."""
+    found: dict[bytes, Secret] = {}
+    faults: list[str] = []
+    for section, given in (("users", settings.admin.users), ("stats_users", settings.admin.stats_users)):
+        for name, text in given.items():
+            try:
+                verifier = references.resolve(text)
+            except AuthenticatorConfigError as error:
+                faults += (f"admin.{section}: {name}: {fault}" for fault in error.faults)
+                continue
+            if scram.Verifier.parse(verifier.reveal()) is None:
+                made = "pgauthproxy hash-password makes one"
+                faults.append(f"admin.{section}: {name}: is not given a SCRAM-SHA-256 verifier: {made}")
+            found[name.encode(errors="surrogateescape")] = verifier
+    return found, faults
+
+
+def build_console(
+    settings: Settings, parse: Parse, perform: Callable[[Statement, Admin], Awaitable[Result | ConsoleError]]
+) -> Console | None:
+    """The admin console; None if there is none."""
+    if not settings.admin.database:
+        return None
+    verifiers, _ = admin_verifiers(settings)
+    admission = None
+    if verifiers:
+        usual = build_admission(settings, AdminsAuthenticator(verifiers, _made_up_from(settings)))
+        policy = dataclasses.replace(usual.policy, method="scram-sha-256")
+        admission = dataclasses.replace(usual, policy=policy)
+    return Console(
+        database=settings.admin.database.encode(errors="surrogateescape"),
+        version=metadata.version("pgauthproxy"),
+        admission=admission,
+        users=frozenset(name.encode(errors="surrogateescape") for name in settings.admin.users),
+        parse=parse,
+        perform=perform,
+    )
+
+
 def _made_up_from(settings: Settings) -> Secret:
     """The secret that the salts of refused users are made from: as stable as the operator has made it."""
     if settings.authenticator.scram_seed:
@@ -399,6 +460,16 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
             Networks(tuple(texts))
         except ValueError as error:
             faults.append(f"{name}: {error}")
+    try:
+        if settings.admin.listen:
+            parse_admin_listen(settings.admin.listen)
+    except ListenError as error:
+        faults.append(f"admin.{error}")
+    try:
+        admin_token(settings)
+    except AuthenticatorConfigError as error:
+        faults += error.faults
+    faults += admin_verifiers(settings)[1]
     try:
         authenticator = build_authenticator(settings, sink)
     except AuthenticatorConfigError as error:
@@ -447,7 +518,7 @@ def build_gateway(
     settings: Settings, authenticator: Authenticator, sink: Sink, audit: AuditSink | None = None
 ) -> Gateway:
     """A gateway that serves nobody yet. Raises TlsConfigError."""
-    targets = build_targets(settings)
+    targets = build_targets(settings, sink)
     ledger = build_ledger(settings)
     statements = None
     if audit is not None and settings.audit.statements:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from pgauthproxy import trial, worker
 from pgauthproxy._digest import md5_password
 from pgauthproxy.auth.model import AuthenticatorConfigError
-from pgauthproxy.build import build_audit, examine
+from pgauthproxy.build import admin_token, build_audit, examine
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
 from pgauthproxy.events import Event, Noticed, to_all
@@ -102,6 +101,7 @@ def _serve(loaded: Loaded) -> None:
         log(Noticed("warning", warning))
     try:
         listening = worker.open_listeners(settings)
+        admin_listening = worker.open_admin_listeners(settings)
         privileges.become(identity)
         if settings.no_new_privs:
             privileges.forbid_new()
@@ -116,7 +116,7 @@ def _serve(loaded: Loaded) -> None:
     try:
         # The audit log goes first: what it refuses has not happened.
         sink = log if audit is None else to_all(audit, log)
-        worker.serve(settings, authenticator, listening, sink, audit)
+        worker.serve(settings, authenticator, listening, admin_listening, sink, audit)
     except AuthenticatorConfigError as error:
         fail(*error.faults)
     finally:
@@ -144,7 +144,7 @@ def check(context: click.Context, /, **flags: Any) -> None:
     loaded = _load(_with_flags_before(context, flags))
     for key in schema.all_keys():
         value = schema.in_force(loaded.settings, key)
-        click.echo(f"{key.path} = {_shown(key, value)}  ({loaded.origins[key.path]})")
+        click.echo(f"{key.path} = {schema.shown(key, value)}  ({loaded.origins[key.path]})")
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}")
     with privileges.acting_as(_identity(loaded.settings)):
@@ -157,28 +157,6 @@ def check(context: click.Context, /, **flags: Any) -> None:
 def _echo_warning(event: Event) -> None:
     if isinstance(event, Noticed) and event.level == "warning":
         click.echo(f"warning: {event.what}: {', '.join(f'{name} {value}' for name, value in event.facts)}")
-
-
-def _shown(key: schema.Key, value: Any) -> str:
-    if value is None:
-        return "(not set)"
-    if value and key.path in schema.SECRET_PATHS:
-        return "***"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if key.path == "authenticator.chain":
-        return ", ".join(link.decided_kind or "nothing" for link in value)
-    if isinstance(value, dict):
-        return ", ".join(value)
-    if isinstance(value, list):
-        return ", ".join(_shown_item(item) for item in value)
-    return f"{value}"
-
-
-def _shown_item(item: Any) -> str:
-    if isinstance(item, str | schema.ListenSettings):
-        return str(item)
-    return msgspec.json.encode(item).decode()
 
 
 @_command.command()
@@ -230,6 +208,35 @@ def hash_password(user: str, md5: bool, iterations: int) -> None:
         click.echo(md5_password(password, user.encode(errors="surrogateescape")))
     else:
         click.echo(scram.Verifier.of(password, secrets.token_bytes(scram.SALT_BYTES), iterations).text())
+
+
+@_command.command("top")
+@_settings_options
+@click.option(
+    "--interval", type=click.FloatRange(min=0.2), default=2.0, show_default=True, help="Seconds between looks."
+)
+@click.option("--once", is_flag=True, help="Look once and print it plainly, as without a terminal.")
+@click.pass_context
+def top_command(context: click.Context, /, interval: float, once: bool, **flags: Any) -> None:
+    """Shows a running gateway: sessions, refusals, login times and targets, as its live page does.
+
+    It looks where the settings say that the gateway serves operators (admin.listen, admin.token). q leaves.
+    """
+    from pgauthproxy import top
+
+    settings = _load(_with_flags_before(context, flags)).settings
+    if not settings.admin.listen:
+        fail("admin.listen: is not set, so that the gateway shows itself to nobody")
+    try:
+        address = listen.parse_admin_listen(settings.admin.listen)
+        token = admin_token(settings)
+        top.run(lambda: top.fetch(address, token), interval, once=once)
+    except listen.ListenError as error:
+        fail(f"admin.{error}")
+    except AuthenticatorConfigError as error:
+        fail(*error.faults)
+    except top.TopError as error:
+        fail(str(error))
 
 
 @_command.command()

@@ -6,7 +6,7 @@ from enum import StrEnum
 import msgspec
 
 from pgauthproxy.errors import Fault
-from pgauthproxy.stages import Accepted, Attached, Started
+from pgauthproxy.stages import Accepted, Address, Attached, Started
 
 
 class CloseReason(StrEnum):
@@ -21,6 +21,7 @@ class CloseReason(StrEnum):
     IDLE = "idle timeout reached"
     IDLE_IN_TRANSACTION = "idle-in-transaction timeout reached"
     SHUTDOWN = "gateway shut down"
+    KILLED = "ended by an administrator"
 
 
 class LoggedIn(msgspec.Struct, frozen=True):
@@ -68,6 +69,41 @@ class Reloaded(msgspec.Struct, frozen=True):
     faults: tuple[str, ...] = ()
 
 
+class TargetFailed(msgspec.Struct, frozen=True):
+    """An attempt at a target came to nothing. `answered`: it was reached, and said no."""
+
+    target: Address
+    answered: bool
+    detail: str
+
+
+class AdminLoggedIn(msgspec.Struct, frozen=True):
+    """Somebody was let in at the admin console."""
+
+    session: str
+    address: str
+    user: bytes
+    may_act: bool
+
+
+class AdminActed(msgspec.Struct, frozen=True):
+    """An administrator has done something: by what session (empty: by HTTP), what, and what came of it."""
+
+    session: str
+    address: str
+    user: bytes
+    act: str
+    outcome: str
+
+
+class AdminLeft(msgspec.Struct, frozen=True):
+    """A session of the admin console is over."""
+
+    session: str
+    detail: str
+    seconds: float
+
+
 class AuthenticatorSaid(msgspec.Struct, frozen=True):
     """What an authenticator wrote to its standard error: its lines, and how many bytes were dropped."""
 
@@ -84,7 +120,19 @@ class Noticed(msgspec.Struct, frozen=True):
     facts: tuple[tuple[str, object], ...] = ()
 
 
-Event = LoggedIn | Refused | Ended | Cancelled | Reloading | Reloaded | AuthenticatorSaid | Noticed
+AdminEvent = AdminLoggedIn | AdminActed | AdminLeft
+Event = (
+    LoggedIn
+    | Refused
+    | Ended
+    | Cancelled
+    | TargetFailed
+    | AdminEvent
+    | Reloading
+    | Reloaded
+    | AuthenticatorSaid
+    | Noticed
+)
 Sink = Callable[[Event], None]
 """It may refuse a login by raising GatewayFault for its LoggedIn, and never raises anything else."""
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import warnings
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 import msgspec
@@ -15,27 +16,31 @@ import uvloop
 
 from pgauthproxy import _spawn
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
-from pgauthproxy.build import build_client_tls, build_gateway, check_target_tls, tcp_options
+from pgauthproxy.build import admin_token, build_client_tls, build_console, build_gateway, check_target_tls, tcp_options
 from pgauthproxy.config.schema import AuthenticatorSettings, Settings
 from pgauthproxy.errors import GatewayFault
-from pgauthproxy.events import CloseReason, Noticed, Refused, Reloaded, Reloading, Sink
+from pgauthproxy.events import CloseReason, Noticed, Refused, Reloaded, Reloading, Sink, to_all
 from pgauthproxy.gateway.session import Gateway, Session, shutting_down
 from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
 from pgauthproxy.net.listen import Listener
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.net.tls import TlsConfigError
+from pgauthproxy.ops import console
+from pgauthproxy.ops.acts import Act, Reload, Shutdown, act_on
 from pgauthproxy.ops.audit import AuditSink
+from pgauthproxy.ops.counts import Counts
+from pgauthproxy.ops.snapshot import Snapshot
 from pgauthproxy.proto import messages
 from pgauthproxy.stages import Accepted
 
 DESCRIPTORS_FOR_ITSELF: Final = 64
+DESCRIPTORS_FOR_OPERATORS: Final = 68
+ADMIN_BACKLOG: Final = 64
 DESCRIPTORS_OF_A_SESSION: Final = 2
 DESCRIPTORS_OF_AN_AUTHENTICATOR: Final = 10
 RELEASE_SECONDS: Final = 5.0
 """How long the end waits for what sessions have given back to arrive."""
-LOCAL_CLIENT: Final = "[local]"
-MAPPED_PREFIX: Final = "::ffff:"
 
 
 def open_listeners(settings: Settings) -> list[StreamSocket]:
@@ -56,17 +61,29 @@ def open_listeners(settings: Settings) -> list[StreamSocket]:
     return opened
 
 
+def open_admin_listeners(settings: Settings) -> list[StreamSocket]:
+    """Binds what operators are to be served on, if anything. Raises ListenError."""
+    if not settings.admin.listen:
+        return []
+    try:
+        return listen.open_sockets(listen.parse_admin_listen(settings.admin.listen), ADMIN_BACKLOG)
+    except listen.ListenError as error:
+        raise listen.ListenError(f"admin.{error}") from None
+
+
 def serve(
     settings: Settings,
     authenticator: Authenticator,
     listening: list[StreamSocket],
+    admin_listening: list[StreamSocket],
     sink: Sink,
     audit: AuditSink | None = None,
 ) -> None:
     """Runs until a signal ends it. Raises AuthenticatorConfigError if it cannot begin to."""
     # What libraries tell their developers, of a certificate that a peer shows say, is nothing for the log.
     warnings.simplefilter("ignore")
-    uvloop.run(Worker(prepare_process(settings, sink), authenticator, sink, audit).run(listening))
+    worker = Worker(prepare_process(settings, sink), authenticator, sink, audit)
+    uvloop.run(worker.run(listening, admin_listening))
 
 
 def prepare_process(settings: Settings, sink: Sink) -> Settings:
@@ -83,7 +100,8 @@ def _fitting(settings: Settings, descriptors: int, sink: Sink) -> Settings:
 
     A login that has not named itself holds one; there may be max_logins of them besides the clients.
     """
-    free = descriptors - DESCRIPTORS_FOR_ITSELF - _descriptors_of(settings.authenticator)
+    reserved = DESCRIPTORS_FOR_OPERATORS if settings.admin.listen else 0
+    free = descriptors - DESCRIPTORS_FOR_ITSELF - reserved - _descriptors_of(settings.authenticator)
     if settings.max_clients * DESCRIPTORS_OF_A_SESSION + settings.max_logins <= free:
         return settings
     max_logins = min(settings.max_logins, max(1, free // 4))
@@ -124,21 +142,64 @@ class Worker:
     ) -> None:
         self._settings = settings
         self._sink = sink
-        self._gateway: Gateway = build_gateway(settings, authenticator, sink, audit)
+        self._counts = Counts()
+        self._gateway: Gateway = build_gateway(settings, authenticator, to_all(sink, self._counts), audit)
+        answers = console.Answers(self._snapshot, self._act, lambda: self._settings, sink)
+        self._gateway.console = build_console(settings, console.parse, answers.perform)
         self._listeners: list[Listener] = []
         self._sessions_begun = 0
-        self._signals = 0
         self._reloading: asyncio.Task[None] | None = None
         self._reload_again = False
         self._draining = asyncio.Event()
         self._ended = asyncio.Event()
 
-    async def run(self, listening: list[StreamSocket]) -> None:
+    async def run(self, listening: list[StreamSocket], admin_listening: list[StreamSocket]) -> None:
         """Raises AuthenticatorConfigError if the authenticator cannot be started."""
         await self._gateway.admission.authenticator.start()
-        self._start(listening)
-        await self._draining.wait()
-        await self._drain()
+        async with self._administered(admin_listening):
+            self._start(listening)
+            await self._draining.wait()
+            await self._drain()
+        self._sink(Noticed("info", "ended"))
+
+    @contextlib.asynccontextmanager
+    async def _administered(self, listening: list[StreamSocket]) -> AsyncIterator[None]:
+        """Operators are served within, if there is where to."""
+        if not listening:
+            yield
+            return
+        # Only now: what it takes to make metrics is not loaded where nobody asks for them.
+        from pgauthproxy.ops.admin import AdminPolicy, AdminServer, measure_lag
+
+        admin = self._settings.admin
+        own = listen.parse_admin_listen(admin.listen).host
+        policy = AdminPolicy([*admin.hosts, *([own] if own else [])], admin_token(self._settings))
+        server = AdminServer(listening, policy, self._snapshot, self._act, self._sink)
+        measuring = asyncio.create_task(measure_lag(self._counts))
+        server.start()
+        for each in listening:
+            level = "info" if listen.is_local(each) else "warning"
+            remedy = () if listen.is_local(each) else (("beware", "other machines reach it, and it is not encrypted"),)
+            self._sink(Noticed(level, "serving operators", (("address", listen.describe(each)), *remedy)))
+        try:
+            yield
+        finally:
+            measuring.cancel()
+            await server.close()
+
+    async def _snapshot(self, rows: int) -> Snapshot:
+        return await self._counts.snapshot(self._gateway, paused=self._gateway.held is not None, rows=rows)
+
+    async def _act(self, act: Act) -> int:
+        """Does what an operator asks for; says how many sessions it concerned."""
+        match act:
+            case Reload():
+                self._reload()
+            case Shutdown():
+                self._shut_down("SHUTDOWN")
+            case _:
+                return act_on(self._gateway, act)
+        return 0
 
     def _start(self, listening: list[StreamSocket]) -> None:
         loop = asyncio.get_running_loop()
@@ -157,7 +218,7 @@ class Worker:
             self._sink(Noticed("warning", "passwords cross the network in clear", facts))
 
     def _accepted(self, connection: socket.socket, peer: Any, proxied: bool) -> None:
-        address = client_address(peer)
+        address = listen.address_of(peer)
         if (reason := self._gateway.access.refusal(address, as_balancer=proxied)) is not None:
             connection.close()
             self._gateway.denials.note(address, reason)
@@ -167,7 +228,7 @@ class Worker:
             session = Session(self._gateway, self._sessions_begun)
         except GatewayFault as fault:
             self._turn_away(connection, fault)
-            self._sink(Refused(Accepted(f"{self._sessions_begun:x}", address), None, fault))
+            self._gateway.sink(Refused(Accepted(f"{self._sessions_begun:x}", address), None, fault))
         else:
             session.begin(connection, address, proxied=proxied)
 
@@ -184,14 +245,16 @@ class Worker:
         self._sink(Noticed("error", "accepting pauses", (("reason", error.strerror),)))
 
     def _signalled(self, number: signal.Signals) -> None:
-        self._signals += 1
-        if self._signals == 1:
-            facts = (("signal", number.name), ("sessions", len(self._gateway.sessions)))
-            self._sink(Noticed("info", "shutting down", facts))
-            self._draining.set()
+        if not self._draining.is_set():
+            self._shut_down(number.name)
         else:
             self._sink(Noticed("warning", "ending at once", (("signal", number.name),)))
             self._ended.set()
+
+    def _shut_down(self, by: str) -> None:
+        if not self._draining.is_set():
+            self._sink(Noticed("info", "shutting down", (("signal", by), ("sessions", len(self._gateway.sessions)))))
+            self._draining.set()
 
     def _reload(self) -> None:
         """Reads everything anew that can be; one after the other, however often it is asked for."""
@@ -237,6 +300,7 @@ class Worker:
 
     async def _drain(self) -> None:
         """Lets sessions go on until they end, the time is up, or a second signal comes."""
+        self._gateway.draining = True
         for listener in self._listeners:
             listener.close()
         for session in list(self._gateway.sessions):
@@ -257,7 +321,6 @@ class Worker:
         if self._gateway.releasing:
             await asyncio.wait(self._gateway.releasing, timeout=RELEASE_SECONDS)
         await self._gateway.admission.authenticator.close()
-        self._sink(Noticed("info", "ended"))
 
     async def _wait_for_end(self, seconds: float) -> None:
         try:
@@ -286,12 +349,3 @@ class Worker:
             where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
             facts += [("error", type(error).__name__), ("where", where.removeprefix(sys.prefix))]
         self._sink(Noticed("error", "internal error", tuple(facts)))
-
-
-def client_address(peer: Any) -> str:
-    """`ip:port`, `[v6]:port`, or `[local]` on a Unix socket, from what accept gave."""
-    if not isinstance(peer, tuple):
-        return LOCAL_CLIENT
-    host, port = peer[:2]
-    host = host.removeprefix(MAPPED_PREFIX)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

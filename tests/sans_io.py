@@ -17,7 +17,7 @@ from pgauthproxy import _wire
 from pgauthproxy._tls import Channel
 from pgauthproxy.errors import Fault
 from pgauthproxy.proto import scram
-from pgauthproxy.proto.steps import DeriveKey, Login, StartTls
+from pgauthproxy.proto.steps import DeriveKey, Login, Perform, StartTls
 from pgauthproxy.stages import Encryption
 
 Turn = bytes | Callable[[bytes], bytes]
@@ -81,13 +81,14 @@ def run(
     turns: Sequence[Turn],
     cut: Cut = lambda turn: (turn,),
     encryption: Encryption | None = None,
+    perform: Callable[[Any], object] | None = None,
 ) -> Outcome:
     """Runs a login that reads from this framer until it ends or the peer has nothing more to say."""
     sent: list[bytes | StartTls] = []
     derived: list[tuple[bytes, int]] = []
     turns_left = list(turns)
     chunks: list[bytes] = []
-    answer: bytes | Encryption | None = None
+    answer: object = None
 
     def outcome(ending: Any, rest: bytes = b"") -> Outcome:
         return Outcome(tuple(sent), ending, rest, tuple(derived))
@@ -101,6 +102,9 @@ def run(
             elif isinstance(step, DeriveKey):
                 derived.append((step.salt, step.iterations))
                 answer = scram.salted_password(step.password.reveal(), step.salt, step.iterations)
+            elif isinstance(step, Perform):
+                assert perform is not None, "a login that should ask for nothing"
+                answer = perform(step.statement)
             elif isinstance(step, StartTls):
                 assert encryption is not None, "a login that should not start TLS"
                 sent.append(step)
@@ -125,6 +129,7 @@ def run_in_every_chunking(
     turns: Sequence[Turn],
     longest: int = 150,
     encryption: Encryption | None = None,
+    perform: Callable[[Any], object] | None = None,
 ) -> Outcome:
     """How a login goes; it must go the same way whole, byte by byte, and with each turn cut at each point."""
 
@@ -133,7 +138,7 @@ def run_in_every_chunking(
 
     def attempt(cut: Cut) -> Outcome:
         framer = _wire.Framer({})
-        return run(login(framer), framer, turns, cut, encryption)
+        return run(login(framer), framer, turns, cut, encryption, perform)
 
     whole = attempt(lambda turn: (turn,))
     assert attempt(lambda turn: (turn[at : at + 1] for at in range(len(turn)))) == whole, "byte by byte"

@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from typing import Final
 
-from pgauthproxy.auth.model import Authenticator, Question
+from pgauthproxy.auth.model import Authenticator, Load, Question, load_of
 from pgauthproxy.stages import Mapping
 
 COMPARED_METHODS: Final = ("md5", "scram-sha-256")
@@ -58,6 +58,9 @@ class CachedAuthenticator:
     async def reload(self) -> None:
         self._kept.clear()
         await self._inner.reload()
+
+    def load(self) -> list[Load]:
+        return load_of(self._inner)
 
     async def close(self) -> None:
         self._kept.clear()

@@ -2,7 +2,15 @@
 
 from collections.abc import Sequence
 
-from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError, Denied, Question, UnknownUser
+from pgauthproxy.auth.model import (
+    Authenticator,
+    AuthenticatorConfigError,
+    Denied,
+    Load,
+    Question,
+    UnknownUser,
+    load_of,
+)
 from pgauthproxy.stages import Mapping
 
 
@@ -48,6 +56,9 @@ class ChainAuthenticator:
                 faults += (f"{name}: {fault}" for fault in error.faults)
         if faults:
             raise AuthenticatorConfigError(*faults)
+
+    def load(self) -> list[Load]:
+        return [load for _, link in self._links for load in load_of(link)]
 
     async def close(self) -> None:
         for _, link in self._links:

@@ -11,7 +11,7 @@ from typing import Final
 
 from pgauthproxy import _spawn
 from pgauthproxy.auth import fields
-from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Question
+from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Load, Question
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.stages import Mapping
 
@@ -59,6 +59,7 @@ class CommandAuthenticator:
         self._limits = limits
         self._said = said
         self._runner: _spawn.Runner | None = None
+        self._asked = 0
 
     async def start(self) -> None:
         limits = self._limits
@@ -77,6 +78,7 @@ class CommandAuthenticator:
         assert self._runner is not None  # noqa: S101 (it was started)
         run = self._runner.start(fields.encode_question(question))
         run.done = asyncio.get_running_loop().create_future()
+        self._asked += 1
         try:
             await run.done
         except asyncio.CancelledError:
@@ -84,6 +86,7 @@ class CommandAuthenticator:
             raise
         finally:
             run.done = None
+            self._asked -= 1
         if run.failure:
             raise AuthenticatorFault(f"authenticator could not be started: {os.strerror(run.failure)}")
         if run.errors:
@@ -98,6 +101,10 @@ class CommandAuthenticator:
             asyncio.get_running_loop().remove_reader(self._runner.fileno())
             self._runner.close()
             self._runner = None
+
+    def load(self) -> list[Load]:
+        running = min(self._asked, self._limits.max_parallel)
+        return [Load("command", running, self._asked - running, running)]
 
     @staticmethod
     def _collect(runner: _spawn.Runner) -> None:

@@ -1,6 +1,6 @@
 """The question to an authenticator, its answer, and the interface that every kind of authenticator has."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -66,3 +66,25 @@ class Authenticator(Protocol):
 
     async def close(self) -> None:
         """Gives back what it holds; nothing is asked any more."""
+
+
+class Load(msgspec.Struct, frozen=True):
+    """How busy an authenticator of one kind is: questions it answers now, questions that wait, processes that stand."""
+
+    kind: str
+    running: int = 0
+    queued: int = 0
+    processes: int = 0
+
+
+@runtime_checkable
+class Busy(Protocol):
+    """An authenticator whose questions may have to wait."""
+
+    def load(self) -> list[Load]:
+        """Its own, or those of the authenticators that it stands round."""
+
+
+def load_of(authenticator: Authenticator) -> list[Load]:
+    """Empty for one that answers at once."""
+    return authenticator.load() if isinstance(authenticator, Busy) else []

@@ -15,7 +15,7 @@ from typing import Final
 
 from pgauthproxy.auth import fields
 from pgauthproxy.auth.command import SaidSink, missing_command
-from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Question
+from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Load, Question
 from pgauthproxy.auth.worker_process import WorkerProcess, WorkerRetiredError
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.stages import Mapping
@@ -115,6 +115,10 @@ class WorkerAuthenticator:
                 if old in self._idle:
                     self._idle.remove(old)
                     self._release(old)
+
+    def load(self) -> list[Load]:
+        queued = sum(not waiting.done() for waiting in self._waiting)
+        return [Load("worker", len(self.workers) - len(self._idle), queued, len(self.workers))]
 
     async def close(self) -> None:
         self._closed = True

@@ -405,13 +405,6 @@ class ThrottleSettings(_Settings, frozen=True):
     """How many addresses and users are remembered, of 48 bytes each; the oldest are forgotten first."""
 
 
-class AdminSettings(_Settings, frozen=True):
-    """Who runs the gateway."""
-
-    users: list[str] = []
-    """Names of users that `reserved_clients` are kept for, as clients log in with them."""
-
-
 class LogSettings(_Settings, frozen=True):
     """What is written to standard error."""
 
@@ -443,6 +436,27 @@ class ListenSettings(_Settings, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.address} (PROXY protocol)" if self.proxy_protocol else self.address
+
+
+class AdminSettings(_Settings, frozen=True):
+    """What operators see of a running gateway."""
+
+    listen: str = ""
+    """Where metrics, health and the live page are served by HTTP (docs/admin.md): `host:port`, `:port`, `[v6]:port` or
+    `unix:/path/to/socket`. Without it nothing is. It is not encrypted."""
+    token: str = ""
+    """What whoever looks at the live page must know, and who acts there: at least 16 characters, or `env:NAME` or
+    `file:/path` that hold them. Without it the page is shown on loopback and Unix sockets alone, and nobody acts."""
+    hosts: list[str] = []
+    """Names of hosts by which that may be asked for, besides `localhost` and IP addresses."""
+    database: str = "pgauthproxy"
+    """The name of the database that is the admin console (docs/admin.md), for the gateway's own operating system user
+    and root over Unix sockets, and for those below. Without a name there is no console."""
+    users: dict[str, str] = {}
+    """Who may look and act on the console: a mapping of name to SCRAM verifier (`pgauthproxy hash-password`), or to
+    `env:NAME` or `file:/path` that hold one. For the same names `reserved_clients` are kept."""
+    stats_users: dict[str, str] = {}
+    """Who may look, and do nothing else."""
 
 
 class Settings(_Settings, frozen=True):
@@ -542,6 +556,7 @@ class Settings(_Settings, frozen=True):
 
 SECRET_PATHS: Final = (
     "authenticator.scram_seed",
+    "admin.token",
     "authenticator.ldap.bind_password",
     "authenticator.vault.token",
     "authenticator.vault.secret_id",
@@ -605,6 +620,23 @@ def in_force(settings: Settings, key: Key) -> object:
     return value
 
 
+def shown(key: Key, value: Any) -> str:
+    """A setting's value as people may see it."""
+    if value is None:
+        return "(not set)"
+    if value and key.path in SECRET_PATHS:
+        return "***"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if key.path == "authenticator.chain":
+        return ", ".join(link.decided_kind or "nothing" for link in value)
+    if isinstance(value, dict):
+        return ", ".join(value)
+    if isinstance(value, list):
+        return ", ".join(item if isinstance(item, str) else msgspec.json.encode(item).decode() for item in value)
+    return f"{value}"
+
+
 def conflicts(settings: Settings) -> Iterator[str]:
     """What does not go together, a line each."""
     if settings.authenticator.cleartext_password and settings.authenticator.method not in (None, "cleartext"):
@@ -628,6 +660,8 @@ def conflicts(settings: Settings) -> Iterator[str]:
     for name in ("required", "statements"):
         if getattr(settings.audit, name) and not settings.audit.file:
             yield f"audit.{name}: needs audit.file"
+    for name in settings.admin.users.keys() & settings.admin.stats_users.keys():
+        yield f"admin.stats_users: {name} is one of admin.users"
     yield from _authenticator_conflicts(settings.authenticator, "authenticator", settings.method)
     if settings.method == "cert" and (settings.tls_mode == "disable" or settings.tls.client_cert == "none"):
         yield "authenticator.method: cert needs TLS, and tls.client_cert optional or require"

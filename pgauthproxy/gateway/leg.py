@@ -8,19 +8,23 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from pgauthproxy import _relay, _wire
 from pgauthproxy._tls import Channel
 from pgauthproxy.errors import Fault, TlsError
-from pgauthproxy.proto.steps import MORE, DeriveKey, Login, StartTls
+from pgauthproxy.proto.steps import MORE, Login, StartTls
 from pgauthproxy.stages import Encryption
 
 T = TypeVar("T")
 MAX_PENDING: Final = 128 * 1024
 """Bytes that may wait to be read; above, the transport's reading is paused."""
 
-Derive = Callable[[DeriveKey], Awaitable[bytes]]
+LONG_STEP: Final = 8 * 1024
+"""Bytes to send in one step above which others have their turn before the next: it is part of a long answer."""
+
+Derive = Callable[[Any], Awaitable[object]]
+"""Answers the steps that need more than a transport: DeriveKey, Perform."""
 
 
 class Leg(asyncio.BufferedProtocol):
@@ -48,11 +52,18 @@ class Leg(asyncio.BufferedProtocol):
         self._buffer = buffer
         self._lost = False
         self._waiting: asyncio.Future[None] | None = None
+        self._full: asyncio.Future[None] | None = None
+        """Done once the peer has read what is on its way to it; None while there is little."""
         self._watcher: Callable[[], object] | None = None
 
     @property
     def gone(self) -> bool:
         return self._lost or (self.at_eof and not self.framer.pending)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the peer does not read what it is sent."""
+        return self._full is not None
 
     def send(self, data: bytes) -> None:
         if self.tls is not None:
@@ -129,8 +140,17 @@ class Leg(asyncio.BufferedProtocol):
         # Kept open: the answer to what the peer has sent may still be owed.
         return True
 
+    def pause_writing(self) -> None:
+        self._full = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        if self._full is not None and not self._full.done():
+            self._full.set_result(None)
+        self._full = None
+
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
+        self.resume_writing()
         self.error = self.error or error
         self._wake()
 
@@ -148,7 +168,7 @@ class Leg(asyncio.BufferedProtocol):
 
     async def drive(self, login: Login[T], derive: Derive | None = None) -> T:
         """Runs a login to its end. Raises its Fault, and `gone_fault` when the peer leaves in the middle."""
-        answer: bytes | Encryption | None = None
+        answer: object = None
         try:
             while True:
                 step = login.send(answer)
@@ -157,10 +177,14 @@ class Leg(asyncio.BufferedProtocol):
                     await self._more()
                 elif isinstance(step, bytes):
                     self.send(step)
+                    if self._full is not None:
+                        await self._full
+                    elif len(step) > LONG_STEP:
+                        await asyncio.sleep(0)
                 elif isinstance(step, StartTls):
                     answer = await self._start_tls(step)
                 else:
-                    assert derive is not None  # noqa: S101 (client logins derive nothing)
+                    assert derive is not None  # noqa: S101 (who drives a login knows what it needs)
                     answer = await derive(step)
         except StopIteration as stop:
             result: T = stop.value

@@ -6,11 +6,14 @@ coroutine and no task lives on. Step 9 is `_close`, the one door out of a sessio
 
 import asyncio
 import functools
+import secrets
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from pgauthproxy import _relay
 from pgauthproxy._observe import Observer
@@ -23,20 +26,22 @@ from pgauthproxy.errors import (
     Fault,
     GatewayFault,
 )
-from pgauthproxy.events import Cancelled, CloseReason, Ended, LoggedIn, Refused, Sink
+from pgauthproxy.events import AdminLeft, AdminLoggedIn, Cancelled, CloseReason, Ended, LoggedIn, Refused, Sink
 from pgauthproxy.gateway import cancel
 from pgauthproxy.gateway.access import Access, Denials
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
+from pgauthproxy.gateway.console import Admin, Console, uid_of_peer
 from pgauthproxy.gateway.limits import Limits, Place
 from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.rules import Breach, SessionRules, Watch
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
+from pgauthproxy.proto.console import Statement, serve
 from pgauthproxy.proto.startup import CancelRequest
-from pgauthproxy.proto.steps import TlsPlan, TlsSide
-from pgauthproxy.stages import Accepted, Address, Attached, Lease, Started
+from pgauthproxy.proto.steps import Perform, TlsPlan, TlsSide
+from pgauthproxy.stages import Accepted, Address, Attached, Lease, Started, parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,9 @@ class Gateway:
     statements: Statements | None = None
     keys: CancelKeys = field(default_factory=CancelKeys)
     sessions: "set[Session]" = field(default_factory=set)
+    console: Console | None = None
+    held: asyncio.Event | None = None
+    """Where new logins wait, while they are paused; set once they may go on."""
     draining: bool = False
     releasing: set[asyncio.Task[None]] = field(default_factory=set)
     """What sessions give back, on its way."""
@@ -82,6 +90,7 @@ class Gateway:
 
 NOWHERE: Final = Address("", 0)
 NOBODY: Final = Accepted("", "")
+CONSOLE_KEY_BYTES: Final = 8
 
 
 def shutting_down() -> GatewayFault:
@@ -89,8 +98,23 @@ def shutting_down() -> GatewayFault:
     return GatewayFault(CANNOT_CONNECT_NOW, "the gateway is shutting down")
 
 
+class Identity(msgspec.Struct, frozen=True, array_like=True):
+    """Who a session is, at both its ends: what is kept of its login for as long as it lives, in one piece of memory."""
+
+    user: bytes
+    address: str
+    database: bytes
+    application_name: bytes
+    tls: str
+    target_user: bytes
+    target_database: bytes
+
+
 class Session:
-    """One client and its target. States, in order: logging in, relaying, closing (`_reason` is set), over."""
+    """One client and its target. States, in order: logging in, relaying, closing (`_reason` is set), over.
+
+    Or, for a client that asks for the admin console: logging in, console (`_console` is set), over.
+    """
 
     __slots__ = (
         "_accepted",
@@ -98,11 +122,12 @@ class Session:
         "_cause",
         "_client",
         "_client_end",
+        "_console",
         "_detail",
         "_ends_lost",
         "_gateway",
+        "_identity",
         "_lease",
-        "_number",
         "_place",
         "_reason",
         "_started",
@@ -112,6 +137,7 @@ class Session:
         "_watch",
         "cancel_key",
         "cancelling",
+        "number",
         "reached",
         "reached_tls",
         "target_key",
@@ -122,13 +148,14 @@ class Session:
         gateway.limits.begin_login(number, self.refuse_login)
         gateway.sessions.add(self)
         self._gateway = gateway
-        self._number = number
+        self.number = number
         self._accepted = NOBODY
         self._began = time.monotonic()
         self._client: ClientLeg | None = None
         self._client_end: _relay.End | None = None
         self._target_end: _relay.End | None = None
         self._task: asyncio.Task[None] | None = None
+        self._console: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._watch: Watch | None = None
         self._started: Started | None = None
@@ -137,6 +164,7 @@ class Session:
         self._detail = ""
         self._ends_lost = 0
         self._place: Place | None = None
+        self._identity = b""
         self._lease: Lease | None = None
         self.cancel_key = b""
         self.cancelling = False
@@ -147,7 +175,49 @@ class Session:
     @property
     def id(self) -> str:
         """As in the logs, and as the authenticator gets it."""
-        return f"{self._number:x}"
+        return f"{self.number:x}"
+
+    @property
+    def seconds(self) -> float:
+        """Since it was accepted."""
+        return time.monotonic() - self._began
+
+    @property
+    def state(self) -> str:
+        """In a word."""
+        if self._console is not None:
+            return "console"
+        if not self._identity:
+            return "logging in"
+        return "relaying" if self._reason is None else "closing"
+
+    @property
+    def address(self) -> str:
+        """The client's."""
+        identity = self.identity
+        return self._accepted.address if identity is None else identity.address
+
+    @property
+    def has_target(self) -> bool:
+        """Whether it has logged in, and to more than the console."""
+        return bool(self._identity)
+
+    @property
+    def identity(self) -> Identity | None:
+        """None until it has a target."""
+        return msgspec.msgpack.decode(self._identity, type=Identity) if self._identity else None
+
+    @property
+    def started(self) -> Started | None:
+        """What the client says of itself, while it logs in or has the console."""
+        return self._started
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes that came from the client and from the target so far."""
+        if self._client_end is None or self._target_end is None:
+            return 0, 0
+        return self._client_end.received, self._target_end.received
 
     def begin(self, connection: socket.socket, address: str, *, proxied: bool) -> None:
         """Takes over an accepted, non-blocking socket. `proxied`: the PROXY protocol is spoken on it first."""
@@ -160,7 +230,11 @@ class Session:
         self._task = loop.create_task(self._run(connection, proxied))
 
     def refuse_login(self, fault: Fault) -> None:
-        """Ends a login from outside; a session that has logged in is left alone."""
+        """Ends a login, or a console, from outside; a session that has a target is left alone."""
+        if self._console is not None:
+            told = "terminating connection due to administrator command"
+            self._cause = GatewayFault(ADMIN_SHUTDOWN, told, fault.detail)
+            asyncio.get_running_loop().call_soon(self._console.cancel)
         if self._task is not None and self._cause is None:
             self._cause = fault
             # Not at once: a task that is cancelled before its first step never gets to clean up.
@@ -171,6 +245,8 @@ class Session:
 
         The client is told, unless it is in the middle of a message; so is the target, where that is known of it.
         """
+        if self._console is not None:
+            self.refuse_login(GatewayFault(ADMIN_SHUTDOWN, told, reason.value))
         if self._client_end is None or self._target_end is None or self._reason is not None:
             return
         if self._target_end.at_message_boundary:
@@ -194,7 +270,7 @@ class Session:
             raise
         finally:
             self._task = None
-            self._gateway.limits.end_login(self._number)
+            self._gateway.limits.end_login(self.number)
             if not relaying:
                 self._over()
 
@@ -208,14 +284,23 @@ class Session:
         accepted = self._accepted
         local = is_local(accepted.address)
         wanted = await client.receive_startup(gateway.admission.policy, gateway.client_tls, local=local)
-        gateway.limits.named(self._number)
+        gateway.limits.named(self.number)
         if isinstance(wanted, CancelRequest):
             await self._cancel(client, wanted)
             return False
         started = self._started = Started(accepted, wanted.parameters, wanted.encryption)
+        if gateway.console is not None and started.database == gateway.console.database:
+            uid = uid_of_peer(connection)
+            if gateway.console.is_meant(started, uid):
+                await self._open_console(gateway.console, started, uid, client)
+                return True
         place = self._place = gateway.limits.begin_client(started.user, accepted.address)
         if gateway.check_logins is not None:
             gateway.check_logins()
+        if gateway.held is not None:
+            client.watch(self._client_left)
+            await gateway.held.wait()
+            client.watch(None)
 
         granted = await gateway.admission.admit(started, client, self._client_left)
         self._lease = granted.mapping.lease
@@ -239,6 +324,40 @@ class Session:
         self._gateway.denials.note(address, reason)
         client.close()
         return False
+
+    async def _open_console(self, console: Console, started: Started, uid: int, client: ClientLeg) -> None:
+        """Lets an administrator in, whose session is a task of its own from there on."""
+        admin = await console.let_in(started, uid, client, self._client_left)
+        self._cancel_timer()
+        console.open += 1
+        self._gateway.sink(AdminLoggedIn(admin.session, admin.address, admin.user, admin.may_act))
+        self._console = asyncio.get_running_loop().create_task(self._serve_console(console, admin, client))
+
+    async def _serve_console(self, console: Console, admin: Admin, client: ClientLeg) -> None:
+        async def perform(step: Perform) -> object:
+            assert isinstance(step.statement, Statement)  # noqa: S101 (the console's own)
+            return await console.perform(step.statement, admin)
+
+        detail = ""
+        try:
+            key = secrets.token_bytes(CONSOLE_KEY_BYTES)
+            await client.drive(serve(client.framer, console.parse, console.version, admin.user, key), perform)
+            client.close()
+        except (Fault, asyncio.CancelledError) as error:
+            fault = error if isinstance(error, Fault) else self._cause or shutting_down()
+            detail = fault.detail
+            client.refuse(fault)
+        except BaseException:
+            client.abort()
+            raise
+        finally:
+            if client.is_full:
+                asyncio.get_running_loop().call_later(self._gateway.close_timeout, client.abort)
+            console.open -= 1
+            self._console = None
+            self._started = None
+            self._gateway.sink(AdminLeft(self.id, detail, self.seconds))
+            self._over()
 
     def _client_left(self) -> None:
         assert self._client is not None  # noqa: S101 (its watcher calls this)
@@ -278,6 +397,17 @@ class Session:
         if rules.limit_anything:
             self._watch = Watch(rules, time.monotonic(), watched)
             self._keep_watch()
+        started, mapping = attached.granted.started, attached.granted.mapping
+        identity = Identity(
+            user=started.user,
+            address=started.accepted.address,
+            database=started.database,
+            application_name=parameter(started.parameters, b"application_name"),
+            tls=started.encryption.version if started.encryption is not None else "",
+            target_user=mapping.user,
+            target_database=mapping.database,
+        )
+        self._identity = msgspec.msgpack.encode(identity)
         # What belongs to the login alone is not kept for the session's life.
         self._client = None
         self._started = None
@@ -337,8 +467,8 @@ class Session:
         for side, each in (("client", client_end), ("target", target_end)):
             if each.truncated and not detail:
                 detail = f"the {side} ended TLS without saying so: its last words may be missing"
-        seconds = time.monotonic() - self._began
-        self._gateway.sink(Ended(self.id, self._reason, detail, client_end.received, target_end.received, seconds))
+        received = client_end.received, target_end.received
+        self._gateway.sink(Ended(self.id, self._reason, detail, *received, self.seconds))
         self._over()
 
     def _close(self, reason: CloseReason, detail: str = "") -> None:

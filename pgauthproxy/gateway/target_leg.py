@@ -12,11 +12,13 @@ from pgauthproxy.errors import (
     CANNOT_CONNECT,
     CANNOT_CONNECT_NOW,
     CONNECTION_FAILURE,
+    PROTOCOL_VIOLATION,
     Fault,
     TargetFault,
     TlsError,
     TlsRefused,
 )
+from pgauthproxy.events import Sink, TargetFailed, ignore
 from pgauthproxy.gateway.leg import Leg
 from pgauthproxy.gateway.salted_keys import SaltedKeys
 from pgauthproxy.gateway.warm import WarmTargets
@@ -30,6 +32,8 @@ from pgauthproxy.stages import Address, Attached, Encryption, Granted, TargetTls
 PLAIN_SECONDS: Final = 60.0
 """How long a target that speaks no TLS, where that is only preferred, is not asked for it again."""
 MAX_PLAIN: Final = 1024
+NO_ANSWER: Final = (CANNOT_CONNECT, CONNECTION_FAILURE, PROTOCOL_VIOLATION)
+"""SQLSTATEs of ours for a target that is not well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,9 @@ class TargetLeg(Leg):
 class Targets:
     """The way to targets that all sessions of a gateway share."""
 
-    def __init__(self, policy: TargetPolicy, buffer: _relay.ForwardBuffer) -> None:
+    def __init__(self, policy: TargetPolicy, buffer: _relay.ForwardBuffer, sink: Sink = ignore) -> None:
         self.policy = policy
+        self.sink = sink
         self.buffer = buffer
         self.salted = SaltedKeys()
         self.contexts = TargetContexts(policy.tls)
@@ -168,6 +173,7 @@ class _Attempt:
         self._targets = targets
         self._granted = granted
         self.expired = False
+        self._trying: Address | None = None
         self._not_now: TargetFault | None = None
 
     def expire(self, task: "asyncio.Task[Any] | None") -> None:
@@ -177,6 +183,8 @@ class _Attempt:
         task.cancel()
 
     def too_late(self, seconds: float) -> TargetFault:
+        if self._trying is not None:
+            self._targets.sink(TargetFailed(self._trying, False, f"no login in {seconds:g} s"))
         if self.connected:
             told = "the target server did not complete the login in time"
             return TargetFault(CONNECTION_FAILURE, told, f"no login in {seconds:g} s")
@@ -196,6 +204,7 @@ class _Attempt:
         raise self._not_now or _unreachable(self.failures)
 
     async def _try(self, address: Address, plan: TlsPlan | None) -> tuple[Attached, TargetLeg] | None:
+        self._trying = address
         if plan is not None and not plan.required and self._targets.is_plain(address):
             plan = None
         try:
@@ -206,15 +215,21 @@ class _Attempt:
                     raise
                 return await self._log_in(address, None)
         except dial.DialError as error:
-            self.failures.append(str(error))
+            self._failed(address, str(error))
         except TlsRefused as fault:
-            self.failures.append(f"{address}: {fault.detail}")
+            self._failed(address, f"{address}: {fault.detail}")
         except TargetFault as fault:
             if fault.sqlstate != CANNOT_CONNECT_NOW:
+                self._targets.sink(TargetFailed(address, fault.sqlstate not in NO_ANSWER, fault.detail))
                 raise
-            self.failures.append(f"{address}: {fault.detail}")
+            self._failed(address, f"{address}: {fault.detail}")
             self._not_now = fault
         return None
+
+    def _failed(self, address: Address, detail: str) -> None:
+        """This address is passed over."""
+        self.failures.append(detail)
+        self._targets.sink(TargetFailed(address, False, detail))
 
     async def _log_in(self, address: Address, plan: TlsPlan | None) -> tuple[Attached, TargetLeg]:
         """On a connection that stands open already, if there is one."""

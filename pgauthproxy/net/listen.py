@@ -20,6 +20,8 @@ PAUSE_SECONDS: Final = 0.5
 OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 UNIX_PREFIX: Final = "unix:"
 MAX_PORT: Final = 65_535
+LOCAL_CLIENT: Final = "[local]"
+MAPPED_PREFIX: Final = "::ffff:"
 
 
 class ListenError(Exception):
@@ -28,15 +30,20 @@ class ListenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
-    """`host` is empty for all interfaces; `folder` is set for a Unix socket, whose name PostgreSQL's clients know."""
+    """`host` is empty for all interfaces; `folder` is set for a Unix socket.
+
+    Its `name` is the one that PostgreSQL's clients know, unless it is given; `mode` says who may connect.
+    """
 
     host: str
     port: str
     folder: str = ""
+    name: str = ""
+    mode: int = 0o777
 
     @property
     def socket_path(self) -> str:
-        return os.path.join(self.folder, f".s.PGSQL.{self.port}")
+        return os.path.join(self.folder, self.name or f".s.PGSQL.{self.port}")
 
 
 def parse_listen(text: str) -> ListenAddress:
@@ -53,6 +60,16 @@ def parse_listen(text: str) -> ListenAddress:
     if matched[3].isdecimal() and int(matched[3]) > MAX_PORT:
         raise ListenError(f"listen: {text}: a port is at most {MAX_PORT}")
     return ListenAddress(matched[1] or matched[2] or "", matched[3])
+
+
+def parse_admin_listen(text: str) -> ListenAddress:
+    """Reads `host:port`, `:port`, `[v6]:port` or `unix:/path/to/socket`. Raises ListenError."""
+    if text.startswith(UNIX_PREFIX):
+        folder, name = os.path.split(text.removeprefix(UNIX_PREFIX))
+        if not folder.startswith("/") or not name:
+            raise ListenError(f"listen: {text}: a Unix socket is written unix:/path/to/socket")
+        return ListenAddress("", "", folder, name, 0o660)
+    return parse_listen(text)
 
 
 def open_sockets(address: ListenAddress, backlog: int, *, proxy_protocol: bool = False) -> list[StreamSocket]:
@@ -112,13 +129,13 @@ def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool) -> Str
 
 
 def _open_unix(address: ListenAddress, backlog: int) -> StreamSocket:
-    """Like PostgreSQL's, the socket may be used by everybody: who gets in is decided at login."""
+    """Like PostgreSQL's, that for clients may be used by everybody: who gets in is decided at login."""
     path = address.socket_path
     _remove_stale(path)
     listening = sockets.make(socket.AF_UNIX)
     try:
         listening.bind(path)
-        os.chmod(path, 0o777)  # noqa: S103 (as PostgreSQL's unix_socket_permissions)
+        os.chmod(path, address.mode)
         listening.listen(backlog)
     except BaseException:
         listening.close()
@@ -158,6 +175,16 @@ def is_local(listening: StreamSocket) -> bool:
     return host == "::1" or host.startswith("127.")
 
 
+def close(listening: socket.socket) -> None:
+    """Stops listening. A Unix socket's file is removed."""
+    path = listening.getsockname() if listening.family == socket.AF_UNIX else ""
+    listening.close()
+    if path:
+        # It may be gone, or its folder not be ours to write: whoever listens there next removes what is stale.
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
 class Listener:
     """Accepts on one socket and hands each connection on. States, in order: accepting or pausing, closed."""
 
@@ -170,7 +197,6 @@ class Listener:
         self._listening = listening
         self._accepted = accepted
         self._starved = starved
-        self._path = listening.getsockname() if listening.family == socket.AF_UNIX else ""
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
         self._at_once = 1
@@ -209,8 +235,13 @@ class Listener:
             self._resume.cancel()
         else:
             self._loop.remove_reader(self._listening)
-        self._listening.close()
-        if self._path:
-            # It may be gone, or its folder not be ours to write: whoever listens there next removes what is stale.
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+        close(self._listening)
+
+
+def address_of(peer: Any) -> str:
+    """`ip:port`, `[v6]:port`, or `[local]` on a Unix socket, from what accept gave."""
+    if not isinstance(peer, tuple):
+        return LOCAL_CLIENT
+    host, port = peer[:2]
+    host = host.removeprefix(MAPPED_PREFIX)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

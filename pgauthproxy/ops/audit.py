@@ -1,4 +1,4 @@
-"""The audit log: one JSON line for each login, refusal, end, cancel request and reload, wherever else they are told.
+"""The audit log: a JSON line for each login, refusal, end, cancel, reload and admin act, wherever else they are told.
 
 It has the facts of the log, but is neither filtered nor capped, and what is missing in it shows: lines are numbered,
 and those that could not be written are counted in the next one that can.
@@ -22,8 +22,21 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pgauthproxy.errors import CANNOT_CONNECT_NOW, GatewayFault
-from pgauthproxy.events import Cancelled, Ended, Event, LoggedIn, Noticed, Refused, Reloaded, Reloading, Sink
-from pgauthproxy.ops.log import cancel_facts, end_facts, login_facts, refusal_facts
+from pgauthproxy.events import (
+    AdminActed,
+    AdminLeft,
+    AdminLoggedIn,
+    Cancelled,
+    Ended,
+    Event,
+    LoggedIn,
+    Noticed,
+    Refused,
+    Reloaded,
+    Reloading,
+    Sink,
+)
+from pgauthproxy.ops.log import admin_facts, cancel_facts, end_facts, login_facts, refusal_facts
 from pgauthproxy.ops.outlets import Outlet
 
 MAX_WAITING_BYTES: Final = 1 << 20
@@ -96,6 +109,8 @@ class AuditSink:
                 self._put("end", end_facts(event, exact))
             case Cancelled():
                 self._put("cancel", cancel_facts(event))
+            case AdminLoggedIn() | AdminActed() | AdminLeft():
+                self._put(*admin_facts(event, exact))
             case Reloading():
                 self._open_anew()
             case Reloaded():

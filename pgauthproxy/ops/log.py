@@ -21,6 +21,10 @@ import structlog
 
 from pgauthproxy.errors import Fault
 from pgauthproxy.events import (
+    AdminActed,
+    AdminEvent,
+    AdminLeft,
+    AdminLoggedIn,
     AuthenticatorSaid,
     Cancelled,
     Ended,
@@ -211,6 +215,9 @@ class LogSink:
                 self._logger.info("session ended", at=at, **end_facts(event, printable))
             case Cancelled():
                 self._logger.info("cancel request", at=at, **cancel_facts(event))
+            case AdminLoggedIn() | AdminActed() | AdminLeft():
+                what, facts = admin_facts(event, printable)
+                self._logger.info(what, at=at, **facts)
             case AuthenticatorSaid():
                 for line in event.lines:
                     self._logger.warning("authenticator says", at=at, session=event.session, text=printable(line))
@@ -259,6 +266,17 @@ def refusal_facts(event: Refused, text: Text) -> dict[str, object]:
 
 def cancel_facts(event: Cancelled) -> dict[str, object]:
     return {"client": event.address, "session": event.session, "outcome": event.outcome}
+
+
+def admin_facts(event: AdminEvent, text: Text) -> tuple[str, dict[str, object]]:
+    """What has happened, in two words, and what is to be said of it."""
+    if isinstance(event, AdminLeft):
+        detail = {"detail": text(event.detail)} if event.detail else {}
+        return "admin left", {"session": event.session, **detail, "seconds": round(event.seconds, 3)}
+    who = {"session": event.session, "client": event.address, "user": text(event.user)}
+    if isinstance(event, AdminLoggedIn):
+        return "admin login", {**who, "may_act": event.may_act}
+    return "admin act", {**who, "act": text(event.act), "outcome": text(event.outcome)}
 
 
 def _who(event: Refused, text: Text) -> dict[str, str]:

@@ -3,7 +3,8 @@
 A login is a generator. It yields steps and gets the answers: bytes are to be sent (answer: None); MORE means that the
 framer has no whole message (answer: None, once more was fed); a DeriveKey is to be computed where that does not
 hold up others (answer: the salted password); a StartTls makes the connection speak TLS, beginning with what the framer
-holds (answer: the Encryption). It returns what the login found out, and raises a Fault if it fails.
+holds (answer: the Encryption); a Perform is a statement of the admin console, which is a login's like in this (answer:
+what came of it). It returns what the login found out, and raises a Fault if it fails.
 """
 
 from collections.abc import Generator
@@ -67,8 +68,14 @@ class TlsPlan(msgspec.Struct, frozen=True):
     direct: bool
 
 
+class Perform(msgspec.Struct, frozen=True):
+    """A statement of the console, as proto.console has it."""
+
+    statement: object
+
+
 T = TypeVar("T")
-Step = bytes | More | DeriveKey | StartTls
+Step = bytes | More | DeriveKey | StartTls | Perform
 Login = Generator[Step, Any, T]
 
 

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import jsonschema
 import msgspec
+import pytest
+import yaml
 
 from pgauthproxy.auth import users_file
 from pgauthproxy.auth.targets import TargetSpec
 from pgauthproxy.auth.users_file import UserSpec
 from pgauthproxy.config import load, reference, schema
+from pgauthproxy.ops import metrics
+from pgauthproxy.ops.snapshot import AuthenticatorRow, Process, Snapshot, TargetRow
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120
@@ -38,7 +42,7 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
 def test_every_setting_that_a_document_names_exists() -> None:
     known = {key.path for key in schema.all_keys()}
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for name in re.findall(r"`((?:authenticator|target|tcp|log|audit)(?:\.[a-z_]+)+)`", document.read_text()):
+        for name in re.findall(r"`((?:authenticator|target|tcp|log|audit|admin)(?:\.[a-z_]+)+)`", document.read_text()):
             assert name in known or any(path.startswith(f"{name}.") for path in known), f"{document.name}: {name}"
 
 
@@ -92,3 +96,51 @@ def test_the_document_of_the_users_file_has_every_key() -> None:
     for spec in (TargetSpec, UserSpec):
         for field in msgspec.structs.fields(spec):
             assert f"| `{field.encode_name}` |" in document, field.encode_name
+
+
+def names_of_metrics() -> set[str]:
+    """All that Prometheus sees of a gateway in which everything has happened."""
+    busy = Snapshot(
+        version="1",
+        started=0.0,
+        refused={"53300 full": 1},
+        ended={"client closed": 1},
+        cancels={"passed on": 1},
+        targets=[TargetRow("a:1")],
+        authenticators=[AuthenticatorRow("command", 1, 1, 1)],
+        processes=[Process(1, 1, 1, 1, 1.0)],
+    )
+    text, _ = metrics.render(busy, openmetrics=False)
+    return set(re.findall(r"^(pgauthproxy_\w+)", text.decode(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("file", ["deploy/grafana.json", "deploy/alerts.yml", "docs/admin.md"])
+def test_the_metrics_that_a_file_names_exist(file: str) -> None:
+    text = (ROOT / file).read_text()
+    named = set(re.findall(r"\bpgauthproxy_\w+", text))
+    assert named
+    assert named <= names_of_metrics()
+
+
+def test_every_metric_is_explained_and_drawn() -> None:
+    explained = (ROOT / "docs/admin.md").read_text()
+    drawn = (ROOT / "deploy/grafana.json").read_text()
+    for name in names_of_metrics():
+        if not name.endswith(("_count", "_sum")):
+            assert f"`{name}`" in explained, name
+            assert name in drawn, name
+
+
+def test_the_dashboard_and_the_alert_rules_can_be_read() -> None:
+    dashboard = json.loads((ROOT / "deploy/grafana.json").read_text())
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    assert variables == {"datasource", "job", "instance"}
+    for panel in dashboard["panels"]:
+        assert panel["targets"], panel["title"]
+        for target in panel["targets"]:
+            assert target["expr"].count("(") == target["expr"].count(")"), target["expr"]
+    (group,) = yaml.safe_load((ROOT / "deploy/alerts.yml").read_text())["groups"]
+    for rule in group["rules"]:
+        assert rule["expr"].count("(") == rule["expr"].count(")"), rule["alert"]
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"]

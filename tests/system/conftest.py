@@ -522,15 +522,18 @@ def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -
 
 
 class Terminal:
-    """A command of pgauthproxy at a terminal; `shown` is all that stood there, without what it prints."""
+    """A command of pgauthproxy at a terminal; `shown` is all that stood there.
 
-    def __init__(self, *arguments: str, folder: Path | None = None) -> None:
+    What it prints goes elsewhere unless it `prints_there`.
+    """
+
+    def __init__(self, *arguments: str, folder: Path | None = None, prints_there: bool = False) -> None:
         self.master, slave = pty.openpty()
         # Its own terminal, as far as it knows: only then Ctrl-C means something there.
         self.process = subprocess.Popen(
             ["setsid", "--ctty", "--wait", *MODULE, *arguments],
             stdin=slave,
-            stdout=subprocess.PIPE,
+            stdout=slave if prints_there else subprocess.PIPE,
             stderr=slave,
             env=environment,
             cwd=folder,

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from pgauthproxy.proto import scram
 from tests.conftest import Gateway, StartGateway, WriteAuthenticator
 from tests.system.conftest import (
     STEPS,
@@ -45,7 +46,8 @@ TOO_MANY = ("53300", "sorry, too many clients already")
 LEFT = "client left during its login"
 FEW_DESCRIPTORS = 200
 
-ROOT: dict[str, Any] = {"admin": {"users": ["root"]}}
+VERIFIER = scram.Verifier.of(b"secret", b"0123456789abcdef", 1000).text().decode()
+ROOT: dict[str, Any] = {"admin": {"users": {"root": VERIFIER}}}
 
 StartHolding = Callable[..., Holding]
 
@@ -247,7 +249,9 @@ def test_an_address_has_no_more_places_than_allowed(start_gateway: StartGateway,
 
 
 def test_places_are_kept_for_users_that_prove_who_they_are(start_gateway: StartGateway, mapped: Path) -> None:
-    gateway = start_gateway(mapped, max_clients=2, reserved_clients=1, admin={"users": ["mallory", "root"]})
+    gateway = start_gateway(
+        mapped, max_clients=2, reserved_clients=1, admin={"users": {"mallory": VERIFIER, "root": VERIFIER}}
+    )
     with RawClient(gateway.port) as first, RawClient(gateway.port) as claims, RawClient(gateway.port) as admin:
         first.log_in()
         with RawClient(gateway.port) as second:

@@ -126,7 +126,7 @@ COMPANIONS = {
     "tls.client_cert": {"PGPROXY_TLS_CLIENT_CA": "ca.crt"},
     "authenticator.kind": {"PGPROXY_AUTHENTICATOR_CMD": "one"},
     "authenticator.workers.min": {"PGPROXY_AUTHENTICATOR_WORKERS_MAX": "50"},
-    "reserved_clients": {"PGPROXY_ADMIN_USERS": "root"},
+    "reserved_clients": {"PGPROXY_ADMIN_USERS": "{root: a verifier}"},
     "group": {"PGPROXY_USER": "postgres"},
 }
 """What some settings cannot be without."""
@@ -145,6 +145,8 @@ VALUES: dict[str, tuple[str, object]] = {
     "authenticator.workers.min": ("42", 42),
     "authenticator.workers.max": ("42", 42),
     "target.warm": ("42", 42),
+    "admin.users": ("{alice: a verifier}", {"alice": "a verifier"}),
+    "admin.stats_users": ("{alice: a verifier}", {"alice": "a verifier"}),
 }
 """What some settings can be, and others of their type not."""
 
