@@ -407,15 +407,18 @@ def admin_verifiers(settings: Settings) -> tuple[dict[bytes, Secret], list[str]]
 
 
 def build_console(
-    settings: Settings, parse: Parse, perform: Callable[[Statement, Admin], Awaitable[Result | ConsoleError]]
+    settings: Settings,
+    parse: Parse,
+    perform: Callable[[Statement, Admin], Awaitable[Result | ConsoleError]],
+    throttle: Throttle | None = None,
 ) -> Console | None:
-    """The admin console; None if there is none."""
+    """The admin console, whose passwords are guessed no faster than others; None if there is none."""
     if not settings.admin.database:
         return None
     verifiers, _ = admin_verifiers(settings)
     admission = None
     if verifiers:
-        usual = build_admission(settings, AdminsAuthenticator(verifiers, _made_up_from(settings)))
+        usual = build_admission(settings, AdminsAuthenticator(verifiers, _made_up_from(settings)), throttle)
         policy = dataclasses.replace(usual.policy, method="scram-sha-256")
         admission = dataclasses.replace(usual, policy=policy)
     return Console(

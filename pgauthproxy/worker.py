@@ -145,7 +145,8 @@ class Worker:
         self._counts = Counts()
         self._gateway: Gateway = build_gateway(settings, authenticator, to_all(sink, self._counts), audit)
         answers = console.Answers(self._snapshot, self._act, lambda: self._settings, sink)
-        self._gateway.console = build_console(settings, console.parse, answers.perform)
+        throttle = self._gateway.admission.throttle
+        self._gateway.console = build_console(settings, console.parse, answers.perform, throttle)
         self._listeners: list[Listener] = []
         self._sessions_begun = 0
         self._reloading: asyncio.Task[None] | None = None

@@ -32,7 +32,7 @@ from pgauthproxy.gateway.access import Access, Denials
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
-from pgauthproxy.gateway.console import Admin, Console, uid_of_peer
+from pgauthproxy.gateway.console import NO_USER, Admin, Console, uid_of_peer
 from pgauthproxy.gateway.limits import Limits, Place
 from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.rules import Breach, SessionRules, Watch
@@ -290,7 +290,8 @@ class Session:
             return False
         started = self._started = Started(accepted, wanted.parameters, wanted.encryption)
         if gateway.console is not None and started.database == gateway.console.database:
-            uid = uid_of_peer(connection)
+            # What a load balancer brings is not what the balancer runs as.
+            uid = NO_USER if proxied else uid_of_peer(connection)
             if gateway.console.is_meant(started, uid):
                 await self._open_console(gateway.console, started, uid, client)
                 return True

@@ -19,7 +19,7 @@ from pgauthproxy.proto import scram
 from pgauthproxy.throwaway import ThrowawayPostgres, free_port
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
 from tests.system.conftest import Run, assert_one_clear_line, assert_serves, configure, wait_until
-from tests.wire import RawClient, message, password, query, startup
+from tests.wire import RawClient, message, password, proxy_v1, query, startup
 
 ACTING, LOOKING = "what alice knows", "what bob knows"
 
@@ -91,6 +91,39 @@ def test_a_user_proves_it_by_scram_whatever_other_clients_do(start: Start) -> No
         client.send(startup(user="alice", database="pgauthproxy"))
         kind, body = client.read_message()
         assert (kind, body) == (b"R", b"\0\0\0\x0aSCRAM-SHA-256\0\0")
+
+
+def test_what_a_balancer_brings_is_nobody_of_this_machine(start: Start, tmp_path: Path) -> None:
+    port = free_port()
+    listen = [{"address": f"unix:{tmp_path}:{port}", "proxy_protocol": True}]
+    start(listen=listen, proxy_protocol_from=["local"])
+    with socket.socket(socket.AF_UNIX) as balancer:
+        balancer.settimeout(WAIT_SECONDS)
+        wait_until((tmp_path / f".s.PGSQL.{port}").exists, "the socket")
+        balancer.connect(str(tmp_path / f".s.PGSQL.{port}"))
+        balancer.sendall(proxy_v1() + startup(user="root", database="pgauthproxy"))
+        assert balancer.recv(100).startswith(b"R\0\0\0\x17\0\0\0\x0aSCRAM-SHA-256")
+
+
+def test_its_passwords_are_guessed_no_faster_than_others(start: Start) -> None:
+    gateway = start(throttle={"failures": 2, "delay": 0.01, "max_delay": 0.02, "exempt": []})
+    for _ in range(3):
+        with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+            connect(gateway, secret="wrong")
+    for secret in ("wrong", ACTING):
+        with pytest.raises(psycopg.OperationalError, match="too many failed logins"):
+            connect(gateway, secret=secret)
+
+
+def test_clients_behind_a_balancer_are_shown_by_their_own_addresses(start: Start) -> None:
+    marked = {"address": "127.0.0.1:0", "proxy_protocol": True}
+    gateway = start(listen=["127.0.0.1:0", marked], proxy_protocol_from=["127.0.0.1"])
+    port = int(gateway.wait_for("listening", 2)["address"].rpartition(":")[2])
+    with RawClient(port) as client:
+        client.send(proxy_v1("192.0.2.7", 56324))
+        client.log_in()
+        shown = [row for row in rows(gateway, "SHOW CLIENTS") if row["state"] == "relaying"]
+        assert [row["client"] for row in shown] == ["192.0.2.7:56324"]
 
 
 def test_without_users_a_database_of_that_name_is_one_like_any_other(

@@ -18,7 +18,19 @@ from typing import Any, ClassVar
 import pytest
 
 from pgauthproxy.errors import GatewayFault
-from pgauthproxy.events import CloseReason, Ended, Event, LoggedIn, Noticed, Refused, Reloaded, Reloading
+from pgauthproxy.events import (
+    AdminActed,
+    AdminLeft,
+    AdminLoggedIn,
+    CloseReason,
+    Ended,
+    Event,
+    LoggedIn,
+    Noticed,
+    Refused,
+    Reloaded,
+    Reloading,
+)
 from pgauthproxy.ops import audit, outlets
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.stages import Accepted, Address, Attached, Granted, Greeting, Mapping, Started
@@ -176,6 +188,33 @@ def test_lines_have_the_facts_of_the_log(script: Script) -> None:
             "seconds": 5.679,
         },
         {"sequence": 5, "event": "reload", "what": "certificates", "faults": ["bad", "worse"]},
+    ]
+
+
+def test_what_administrators_do_is_audited(script: Script) -> None:
+    audited = Audited(script)
+    who = ("3c", "[local]", b"root")
+    audited.happens(AdminLoggedIn(*who, True), AdminActed(*who, "KILL 2a", "1 session"), AdminLeft("3c", "", 1.5))
+    facts = [{name: line[name] for name in line if name not in ("timestamp", "pid")} for line in parsed(script.taken)]
+    assert facts[1:] == [
+        {
+            "sequence": 2,
+            "event": "admin login",
+            "session": "3c",
+            "client": "[local]",
+            "user": "root",
+            "may_act": True,
+        },
+        {
+            "sequence": 3,
+            "event": "admin act",
+            "session": "3c",
+            "client": "[local]",
+            "user": "root",
+            "act": "KILL 2a",
+            "outcome": "1 session",
+        },
+        {"sequence": 4, "event": "admin left", "session": "3c", "seconds": 1.5},
     ]
 
 
