@@ -6,7 +6,6 @@ import hashlib
 import os
 import secrets
 from collections.abc import Awaitable, Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Final
 
@@ -49,6 +48,7 @@ from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.proto import client_login, scram
 from pgauthproxy.proto.console import ConsoleError, Parse, Result, Statement
 from pgauthproxy.proto.target_login import TargetLimits
+from pgauthproxy.release import version
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import TargetTls
 
@@ -423,7 +423,7 @@ def build_console(
         admission = dataclasses.replace(usual, policy=policy)
     return Console(
         database=settings.admin.database.encode(errors="surrogateescape"),
-        version=metadata.version("pgauthproxy"),
+        version=version(),
         admission=admission,
         users=frozenset(name.encode(errors="surrogateescape") for name in settings.admin.users),
         parse=parse,

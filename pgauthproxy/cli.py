@@ -21,6 +21,7 @@ from pgauthproxy.ops import privileges
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.ops.privileges import Identity, PrivilegesError
 from pgauthproxy.proto import scram
+from pgauthproxy.release import version
 from pgauthproxy.terminal import fail, read_password
 from pgauthproxy.users_command import users
 
@@ -102,6 +103,7 @@ def _serve(loaded: Loaded) -> None:
     try:
         listening = worker.open_listeners(settings)
         admin_listening = worker.open_admin_listeners(settings)
+        version()
         privileges.become(identity)
         if settings.no_new_privs:
             privileges.forbid_new()

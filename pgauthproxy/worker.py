@@ -65,6 +65,10 @@ def open_admin_listeners(settings: Settings) -> list[StreamSocket]:
     """Binds what operators are to be served on, if anything. Raises ListenError."""
     if not settings.admin.listen:
         return []
+    # Loaded here, and not later: the user that the gateway becomes need not be able to.
+    import pgauthproxy.ops.admin
+
+    assert pgauthproxy.ops.admin  # noqa: S101 (it is loaded now)
     try:
         return listen.open_sockets(listen.parse_admin_listen(settings.admin.listen), ADMIN_BACKLOG)
     except listen.ListenError as error:

@@ -633,8 +633,14 @@ def shown(key: Key, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(value)
     if isinstance(value, list):
-        return ", ".join(item if isinstance(item, str) else msgspec.json.encode(item).decode() for item in value)
+        return ", ".join(map(_shown_item, value))
     return f"{value}"
+
+
+def _shown_item(item: Any) -> str:
+    if isinstance(item, str | ListenSettings):
+        return str(item)
+    return msgspec.json.encode(item).decode()
 
 
 def conflicts(settings: Settings) -> Iterator[str]:

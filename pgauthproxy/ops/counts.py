@@ -12,7 +12,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Final
 
 import msgspec
@@ -49,6 +48,7 @@ from pgauthproxy.ops.snapshot import (
     Snapshot,
     TargetRow,
 )
+from pgauthproxy.release import version
 from pgauthproxy.stages import Address
 
 AT_ONCE: Final = 16
@@ -98,7 +98,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.histograms = Histograms()
-        self._version = metadata.version("pgauthproxy")
+        self._version = version()
         self._started = time.time()
         self._accepted = 0
         self._refused: dict[str, int] = {}

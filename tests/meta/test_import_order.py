@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
-    "errors secret private_file stages events",
+    "errors secret private_file release stages events",
     "_wire _digest _tls _observe _relay _spawn _ledger",
     "proto.steps proto.messages proto.proxy_header proto.startup",
     "proto.scram proto.client_login proto.target_tls proto.target_login proto.console",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
+import http.client
 import os
 import pwd
 import shutil
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 
 from pgauthproxy.throwaway import UNPRIVILEGED_USER, ThrowawayPostgres
-from tests.conftest import Gateway, StartGateway
+from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
 from tests.system.conftest import Run, assert_one_clear_line, assert_serves, configure, write_mapped
 from tests.tls import HOST, Authority, TlsClient
 from tests.wire import RawClient
@@ -75,6 +77,17 @@ def test_it_serves_as_another_user_and_so_do_its_authenticators(
         with RawClient.of_folder(folder, 5432) as client:
             client.log_in()
         assert gateway.stop() == 0
+
+
+@as_root
+def test_operators_are_served_as_that_user_too(start_gateway: StartGateway, script: Path) -> None:
+    gateway = start_gateway(script, user=UNPRIVILEGED_USER, admin={"listen": "127.0.0.1:0"})
+    connection = http.client.HTTPConnection(gateway.wait_for("serving operators")["address"], timeout=WAIT_SECONDS)
+    with contextlib.closing(connection):
+        connection.request("GET", "/metrics")
+        answer = connection.getresponse()
+        assert answer.status == 200
+        assert b"pgauthproxy_" in answer.read()
 
 
 @as_root
