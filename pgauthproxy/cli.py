@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,6 +123,9 @@ def _serve(loaded: Loaded) -> None:
     except AuthenticatorConfigError as error:
         fail(*error.faults)
     finally:
+        # Whoever asks for an end now is getting it: the status is to be that of the end in order.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         if audit is not None:
             audit.close()
         log.flush()

@@ -14,8 +14,6 @@ from typing import Any, Final
 from pgauthproxy.net import sockets
 from pgauthproxy.net.sockets import StreamSocket
 
-MOST_ACCEPTS_AT_ONCE: Final = 4
-"""A crowd is let in by a few at a time, between which all others get their turn."""
 PAUSE_SECONDS: Final = 0.5
 OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 UNIX_PREFIX: Final = "unix:"
@@ -199,25 +197,21 @@ class Listener:
         self._starved = starved
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
-        self._at_once = 1
         self._loop.add_reader(listening, self._accept)
 
     def _accept(self) -> None:
-        """Takes as many as have lately been there at once: to find that there is none costs as much as to take one."""
-        for _ in range(self._at_once):
-            try:
-                connection, peer = sockets.accept(self._listening)
-            except BlockingIOError:
-                self._at_once = max(1, self._at_once // 2)
-                return
-            except OSError as error:
-                if error.errno in OUT_OF_RESOURCES:
-                    self._pause(error)
-                    return
-                # That one client is gone again: its reset came before its turn.
-                continue
-            self._accepted(connection, peer, self._listening.proxy_protocol)
-        self._at_once = min(2 * self._at_once, MOST_ACCEPTS_AT_ONCE)
+        """Takes one: in a crowd all others get their turn before the next."""
+        try:
+            connection, peer = sockets.accept(self._listening)
+        except BlockingIOError:
+            # That one client is gone again, or another process was faster.
+            return
+        except OSError as error:
+            # Otherwise its reset came before its turn.
+            if error.errno in OUT_OF_RESOURCES:
+                self._pause(error)
+            return
+        self._accepted(connection, peer, self._listening.proxy_protocol)
 
     def _pause(self, error: OSError) -> None:
         """Leaves clients in the backlog for a while instead of being woken for each at once."""
