@@ -39,6 +39,17 @@ def tcp_options(settings: Settings) -> TcpOptions:
     return TcpOptions(tcp.keepalive_idle, tcp.keepalive_interval, tcp.keepalive_count, tcp.user_timeout)
 
 
+def authenticator_part(settings: Settings) -> tuple[object, ...]:
+    """All that an authenticator is made from: as long as it is equal, the authenticator need not be made anew."""
+    return settings.authenticator, settings.method, seed_part(settings), target_tls(settings)
+
+
+def seed_part(settings: Settings) -> tuple[str, ...]:
+    """What the salts of refused users depend on."""
+    key = settings.tls.key if settings.tls_mode != "disable" else ""
+    return settings.authenticator.scram_seed, key
+
+
 def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
     """The authenticator that the settings ask for, not started yet. Raises AuthenticatorConfigError."""
     cache = settings.authenticator.cache
@@ -132,9 +143,14 @@ def fault_of_targets(settings: Settings) -> TlsFault:
 
 def build_targets(settings: Settings) -> Targets:
     """The way to targets, with the buffer that all sessions forward through."""
+    return Targets(target_policy(settings), _relay.ForwardBuffer(settings.buffer_size))
+
+
+def target_policy(settings: Settings) -> TargetPolicy:
+    """How targets are reached."""
     target = settings.target
     major, minor = map(int, target.protocol.split("."))
-    policy = TargetPolicy(
+    return TargetPolicy(
         connect_timeout=target.connect_timeout,
         login_timeout=target.login_timeout,
         error_text=target.error_text,
@@ -149,7 +165,6 @@ def build_targets(settings: Settings) -> Targets:
         ),
         tcp=tcp_options(settings),
     )
-    return Targets(policy, _relay.ForwardBuffer(settings.buffer_size))
 
 
 def target_tls(settings: Settings) -> TargetTls:

@@ -1,7 +1,9 @@
 """The command line: commands and flags, nothing else."""
 
+import math
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from pgauthproxy.config.load import ConfigError, Loaded
 from pgauthproxy.events import Event, Noticed
 from pgauthproxy.net import listen
 from pgauthproxy.ops.log import LogSink
+from pgauthproxy.pid_file import PidFileError, running
 from pgauthproxy.proto import scram
 from pgauthproxy.terminal import fail, read_password
 from pgauthproxy.users_command import users
@@ -53,8 +56,8 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _load(flags: dict[str, Any]) -> Loaded:
-    """Reads the settings; ends with one line for each fault."""
+def _read(flags: dict[str, Any]) -> Loaded:
+    """Reads the settings. Raises ConfigError."""
     paths = {
         "listen": "listen",
         "clear_passwd": "authenticator.cleartext_password",
@@ -62,8 +65,13 @@ def _load(flags: dict[str, Any]) -> Loaded:
         "log_level": "log.level",
     }
     given = {path: flags[name] for name, path in paths.items() if flags[name] is not None}
+    return load.load(flags["config"], given, os.environ)
+
+
+def _load(flags: dict[str, Any]) -> Loaded:
+    """Reads the settings; ends with one line for each fault."""
     try:
-        return load.load(flags["config"], given, os.environ)
+        return _read(flags)
     except ConfigError as error:
         fail(*error.faults)
 
@@ -84,10 +92,11 @@ def _command(context: click.Context, /, **flags: Any) -> None:
     """
     context.obj = flags
     if context.invoked_subcommand is None:
-        _serve(_load(flags))
+        _serve(flags)
 
 
-def _serve(loaded: Loaded) -> None:
+def _serve(flags: dict[str, Any]) -> None:
+    loaded = _load(flags)
     settings = loaded.settings
     sink = LogSink(settings.log.format, settings.log.level)
     authenticator, faults = examine(settings, sink)
@@ -100,9 +109,11 @@ def _serve(loaded: Loaded) -> None:
     except listen.ListenError as error:
         fail(str(error))
     try:
-        worker.serve(settings, authenticator, listening, sink)
+        worker.serve(settings, authenticator, listening, lambda: _read(flags).settings, sink)
     except AuthenticatorConfigError as error:
         fail(*error.faults)
+    except PidFileError as error:
+        fail(str(error))
     finally:
         sink.flush()
 
@@ -137,6 +148,8 @@ def _shown(key: schema.Key, value: Any) -> str:
         return "(not set)"
     if value and key.path in schema.SECRET_PATHS:
         return "***"
+    if value == math.inf:
+        return load.FOREVER_WORDS[0]
     if isinstance(value, bool):
         return "true" if value else "false"
     if key.path == "authenticator.chain":
@@ -175,6 +188,29 @@ def auth(
         connect=connect,
     )
     sys.exit(trial.run(settings, login, click.echo))
+
+
+@_command.command()
+@_settings_options
+@click.pass_context
+def reload(context: click.Context, /, **flags: Any) -> None:
+    """Has the running gateway read its settings anew; it is found by `pid_file`.
+
+    What comes of it stands in the gateway's log. Settings with a fault are told here, and the gateway is left alone.
+    """
+    _signal_gateway(_with_flags_before(context, flags), signal.SIGHUP)
+
+
+def _signal_gateway(flags: dict[str, Any], number: signal.Signals) -> None:
+    path = _load(flags).settings.pid_file
+    if not path:
+        fail("pid_file: is not set, so that the gateway cannot be found")
+    try:
+        os.kill(running(path), number)
+    except PidFileError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"pid_file: {path}: {error.strerror}")
 
 
 @_command.command("hash-password")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import resource
 import signal
@@ -14,8 +15,8 @@ import msgspec
 import uvloop
 
 from pgauthproxy import _spawn
-from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
-from pgauthproxy.build import build_client_tls, build_gateway, check_target_tls, tcp_options
+from pgauthproxy.auth.model import Authenticator
+from pgauthproxy.build import build_gateway, tcp_options
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import GatewayFault
 from pgauthproxy.events import CloseReason, Noticed, Refused, Sink
@@ -23,8 +24,10 @@ from pgauthproxy.gateway.session import Gateway, Session, shutting_down
 from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
 from pgauthproxy.net.listen import Listener
-from pgauthproxy.net.tls import TlsConfigError
+from pgauthproxy.ops.log import LogSink
+from pgauthproxy.pid_file import PidFile
 from pgauthproxy.proto import messages
+from pgauthproxy.reload import Read, Reloads, warn_of_cleartext
 from pgauthproxy.stages import Accepted
 
 DESCRIPTORS_FOR_ITSELF: Final = 64
@@ -51,27 +54,35 @@ def open_listeners(settings: Settings) -> list[socket.socket]:
     return opened
 
 
-def serve(settings: Settings, authenticator: Authenticator, listening: list[socket.socket], sink: Sink) -> None:
-    """Runs until a signal ends it. Raises AuthenticatorConfigError if it cannot begin to."""
+def serve(
+    settings: Settings, authenticator: Authenticator, listening: list[socket.socket], read: Read, sink: LogSink
+) -> None:
+    """Runs until a signal ends it; `read` reads the settings anew.
+
+    Raises AuthenticatorConfigError and PidFileError if it cannot begin to.
+    """
     # What libraries tell their developers, of a certificate that a peer shows say, is nothing for the log.
     warnings.simplefilter("ignore")
-    uvloop.run(Worker(prepare_process(settings, sink), authenticator, sink).run(listening))
+    prepare_process()
+    uvloop.run(Worker(settings, authenticator, listening, read, sink).run())
 
 
-def prepare_process(settings: Settings, sink: Sink) -> Settings:
-    """Closes what credentials could leak through, raises the limit on descriptors; returns the settings that fit it."""
+def prepare_process() -> None:
+    """Closes what credentials could leak through, and raises the limit on descriptors."""
     _spawn.keep_descriptors_private()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return settings if hard == resource.RLIM_INFINITY else _fitting(settings, hard, sink)
 
 
-def _fitting(settings: Settings, descriptors: int, sink: Sink) -> Settings:
+def fitting(settings: Settings, sink: Sink) -> Settings:
     """The settings with no more clients and logins than there are descriptors for.
 
     A login that has not named itself holds one; there may be max_logins of them besides the clients.
     """
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return settings
     reserved = DESCRIPTORS_FOR_ITSELF + DESCRIPTORS_OF_AN_AUTHENTICATOR * settings.authenticator.max_parallel
     free = descriptors - reserved
     if settings.max_clients * DESCRIPTORS_OF_A_SESSION + settings.max_logins <= free:
@@ -98,40 +109,54 @@ def _fill_standard_descriptors() -> None:
 class Worker:
     """States, in order: starting, serving, draining (first signal), ended."""
 
-    def __init__(self, settings: Settings, authenticator: Authenticator, sink: Sink) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        settings: Settings,
+        authenticator: Authenticator,
+        listening: list[socket.socket],
+        read: Read,
+        sink: LogSink,
+    ) -> None:
         self._sink = sink
-        self._gateway: Gateway = build_gateway(settings, authenticator, sink)
+        self._listening = listening
+        fitted = fitting(settings, sink)
+        self._gateway: Gateway = build_gateway(fitted, authenticator, sink)
+        self._reloads = Reloads(self._gateway, settings, fitted, listening, read, fitting, sink)
         self._listeners: list[Listener] = []
         self._sessions_begun = 0
         self._signals = 0
-        self._reloading: asyncio.Task[None] | None = None
-        self._reload_again = False
         self._draining = asyncio.Event()
         self._ended = asyncio.Event()
 
-    async def run(self, listening: list[socket.socket]) -> None:
-        """Raises AuthenticatorConfigError if the authenticator cannot be started."""
+    async def run(self) -> None:
+        """Raises AuthenticatorConfigError if the authenticator cannot be started, and PidFileError."""
         await self._gateway.admission.authenticator.start()
-        self._start(listening)
-        await self._draining.wait()
-        await self._drain()
+        self._hear_signals()
+        try:
+            with PidFile(self._reloads.settings.pid_file):
+                self._start()
+                await self._draining.wait()
+                # From here on a successor may stand in its place.
+                for listener in self._listeners:
+                    listener.close()
+            await self._drain()
+        finally:
+            await self._gateway.admission.authenticator.close()
 
-    def _start(self, listening: list[socket.socket]) -> None:
+    def _hear_signals(self) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_exception)
         # It may be called by any thread.
         sys.unraisablehook = lambda found: loop.call_soon_threadsafe(self._report_unraisable, found.exc_value)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
-        self._listeners = [Listener(each, self._accepted, self._starved) for each in listening]
-        for each in listening:
+        loop.add_signal_handler(signal.SIGHUP, self._reloads.ask)
+
+    def _start(self) -> None:
+        self._listeners = [Listener(each, self._accepted, self._starved) for each in self._listening]
+        for each in self._listening:
             self._sink(Noticed("info", "listening", (("address", listen.describe(each)),)))
-        exposed = [listen.describe(each) for each in listening if not listen.is_local(each)]
-        if exposed and self._settings.method == "cleartext" and self._settings.tls_mode != "require":
-            facts = (("addresses", ", ".join(exposed)), ("remedy", "tls.mode: require"))
-            self._sink(Noticed("warning", "passwords cross the network in clear", facts))
+        warn_of_cleartext(self._reloads.settings, self._listening, self._sink)
 
     def _accepted(self, connection: socket.socket, peer: Any) -> None:
         self._sessions_begun += 1
@@ -149,7 +174,7 @@ class Worker:
         with connection:
             # It may have sent nothing yet, or have gone.
             with contextlib.suppress(OSError):
-                connection.recv(self._settings.max_startup_packet)
+                connection.recv(self._reloads.settings.max_startup_packet)
             with contextlib.suppress(OSError):
                 connection.send(messages.fatal(fault.sqlstate, fault.told or b""))
 
@@ -166,65 +191,25 @@ class Worker:
             self._sink(Noticed("warning", "ending at once", (("signal", number.name),)))
             self._ended.set()
 
-    def _reload(self) -> None:
-        """Reads everything anew that can be; one after the other, however often it is asked for."""
-        self._reload_certificates()
-        self._reload_again = self._reloading is not None
-        if self._reloading is None:
-            self._reloading = asyncio.get_running_loop().create_task(self._reload_authenticator())
-
-    async def _reload_authenticator(self) -> None:
-        try:
-            await self._try_reload()
-            while self._reload_again:
-                self._reload_again = False
-                await self._try_reload()
-        finally:
-            self._reloading = None
-
-    async def _try_reload(self) -> None:
-        try:
-            await self._gateway.admission.authenticator.reload()
-        except AuthenticatorConfigError as error:
-            for fault in error.faults:
-                self._sink(Noticed("error", "authenticator not loaded, the old one stays", (("reason", fault),)))
-
-    def _reload_certificates(self) -> None:
-        """Reads certificates anew, for connections from here on. What cannot be used leaves the old ones in force."""
-        try:
-            client_tls = build_client_tls(self._settings)
-            check_target_tls(self._settings)
-        except TlsConfigError as error:
-            self._sink(Noticed("error", "certificates not loaded, the old ones stay", (("reason", str(error)),)))
-            return
-        self._gateway.client_tls = client_tls
-        self._gateway.targets.forget_certificates()
-        self._sink(Noticed("info", "certificates loaded anew"))
-
     async def _drain(self) -> None:
         """Lets sessions go on until they end, the time is up, or a second signal comes."""
-        for listener in self._listeners:
-            listener.close()
         for session in list(self._gateway.sessions):
             session.refuse_login(shutting_down())
         self._gateway.idle = self._ended.set
         if self._gateway.sessions:
-            await self._wait_for_end(self._settings.drain_timeout)
+            await self._wait_for_end(self._reloads.settings.drain_timeout)
         if self._gateway.sessions:
             self._ended.clear()
             for session in list(self._gateway.sessions):
                 session.end(CloseReason.SHUTDOWN, b"terminating connection due to administrator command")
-            await self._wait_for_end(min(1.0, self._settings.close_timeout))
-        if self._reloading is not None:
-            self._reloading.cancel()
-            await asyncio.wait([self._reloading])
+            await self._wait_for_end(min(1.0, self._reloads.settings.close_timeout))
+        await self._reloads.close()
         self._gateway.targets.warm.close()
-        await self._gateway.admission.authenticator.close()
         self._sink(Noticed("info", "ended"))
 
     async def _wait_for_end(self, seconds: float) -> None:
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
                 await self._ended.wait()
         except TimeoutError:
             return

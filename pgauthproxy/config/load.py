@@ -1,6 +1,7 @@
 """Reads the settings: flag beats environment beats file beats default. All faults are reported at once."""
 
 import difflib
+import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ ENVIRONMENT_ALIASES: Final = {"PGPROXY_CLEAR_PASSWD": "authenticator.cleartext_p
 SECTIONS: Final = {"authenticator.chain": AuthenticatorSettings}
 """Settings that are lists of whole sections."""
 TRUE_WORDS: Final = ("1", "t", "T", "TRUE", "true", "True")
+FOREVER_WORDS: Final = ("forever", "infinite")
 FALSE_WORDS: Final = ("0", "f", "F", "FALSE", "false", "False")
 
 
@@ -117,7 +119,9 @@ def _flatten(content: dict[Any, Any], prefix: str, known: Mapping[str, Key]) -> 
 def _convert(key: Key, value: object) -> object:
     """A value as its type; text (from the environment, a flag, or quoted in the file) is read as the type demands."""
     if isinstance(value, str):
-        if (key.owner, key.name) == (AuthenticatorSettings, "cmd"):
+        if key.path == "drain_timeout" and value.lower() in FOREVER_WORDS:
+            value = math.inf
+        elif (key.owner, key.name) == (AuthenticatorSettings, "cmd"):
             value = shlex.split(value)
         elif key.path in SECTIONS or isinstance(key.default, dict):
             value = _parse_yaml(value)

@@ -228,11 +228,13 @@ class Settings(_Settings, frozen=True):
     cancel_timeout: Positive = 10.0
     """For passing on a cancel request."""
     drain_timeout: NotNegative = 30.0
-    """How long sessions may go on after SIGTERM or SIGINT."""
+    """How long sessions may go on after SIGTERM or SIGINT. `forever`: until the last of them has ended."""
     close_timeout: Positive = 60.0
     """How long a closing side may take to accept the last bytes that it is owed."""
     buffer_size: Annotated[int, Meta(ge=1024, le=1 << 24)] = 65_536
     """Bytes that a session may hold in each direction before the sender is paused."""
+    pid_file: str = ""
+    """A file that holds the process's number while it runs; `pgauthproxy reload` finds it by that."""
     backlog: Count = 1_024
     """Connections that may wait to be accepted, for each listener."""
     max_startup_packet: Annotated[int, Meta(ge=8)] = 10_000
@@ -256,6 +258,8 @@ class Settings(_Settings, frozen=True):
         return self.tls.mode or ("allow" if self.tls.cert else "disable")
 
 
+FIXED: Final = ("listen", "backlog", "buffer_size", "pid_file")
+"""Settings that a running gateway cannot change."""
 SECRET_PATHS: Final = ("authenticator.scram_seed",)
 """Settings whose values are shown to nobody."""
 

@@ -116,6 +116,11 @@ class Session:
         """As in the logs, and as the authenticator gets it."""
         return f"{self._number:x}"
 
+    @property
+    def login(self) -> "asyncio.Task[None] | None":
+        """The login in progress, None once it is done."""
+        return self._task
+
     def begin(self, connection: socket.socket, address: str) -> None:
         """Takes over an accepted, non-blocking socket."""
         loop = asyncio.get_running_loop()
