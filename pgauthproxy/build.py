@@ -20,6 +20,7 @@ from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink
 from pgauthproxy.gateway.admission import Admission
+from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.paused import PausedClients
@@ -214,6 +215,14 @@ def build_admission(settings: Settings, authenticator: Authenticator) -> Admissi
     )
 
 
+def with_lasting_seed(settings: Settings, seed: str) -> Settings:
+    """The settings with a seed for the salts of refused users, if they would be made up by each process on its own."""
+    if any(seed_part(settings)):
+        return settings
+    authenticator = msgspec.structs.replace(settings.authenticator, scram_seed=seed)
+    return msgspec.structs.replace(settings, authenticator=authenticator)
+
+
 def _made_up_from(settings: Settings) -> Secret:
     """The secret that the salts of refused users are made from: as stable as the operator has made it."""
     if settings.authenticator.scram_seed:
@@ -251,8 +260,8 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
     return authenticator, faults
 
 
-def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) -> Gateway:
-    """A gateway that serves nobody yet. Raises TlsConfigError."""
+def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink, slot: int = 0) -> Gateway:
+    """A gateway that serves nobody yet; `slot` is its place among several. Raises TlsConfigError."""
     targets = build_targets(settings)
     return Gateway(
         admission=build_admission(settings, authenticator),
@@ -264,4 +273,5 @@ def build_gateway(settings: Settings, authenticator: Authenticator, sink: Sink) 
         cancel_timeout=settings.cancel_timeout,
         close_timeout=settings.close_timeout,
         sink=sink,
+        keys=CancelKeys(slot),
     )

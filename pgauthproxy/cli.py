@@ -11,17 +11,19 @@ from typing import Any
 
 import click
 
-from pgauthproxy import trial, worker
+from pgauthproxy import supervised, supervisor, trial, worker
 from pgauthproxy._digest import md5_password
 from pgauthproxy.auth.model import AuthenticatorConfigError
 from pgauthproxy.build import examine
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
+from pgauthproxy.cores import available_cores
 from pgauthproxy.events import Event, Noticed
 from pgauthproxy.net import listen
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFileError, running
 from pgauthproxy.proto import scram
+from pgauthproxy.supervisor import WorkersFailedError
 from pgauthproxy.terminal import fail, read_password
 from pgauthproxy.users_command import users
 
@@ -108,11 +110,16 @@ def _serve(flags: dict[str, Any]) -> None:
         listening = worker.open_listeners(settings)
     except listen.ListenError as error:
         fail(str(error))
+    count = available_cores() if settings.workers == "auto" else settings.workers
     try:
-        worker.serve(settings, authenticator, listening, lambda: _read(flags).settings, sink)
-    except AuthenticatorConfigError as error:
+        # The first process of a container must collect orphans, which may be anybody's but a worker's own.
+        if count == 1 and os.getpid() != 1:
+            worker.serve(settings, authenticator, listening, lambda: _read(flags).settings, sink)
+        else:
+            supervisor.supervise(settings, count, listening, lambda: _read(flags).settings, sink, removes_files=True)
+    except (AuthenticatorConfigError, WorkersFailedError) as error:
         fail(*error.faults)
-    except PidFileError as error:
+    except (PidFileError, listen.ListenError) as error:
         fail(str(error))
     finally:
         sink.flush()
@@ -188,6 +195,13 @@ def auth(
         connect=connect,
     )
     sys.exit(trial.run(settings, login, click.echo))
+
+
+@_command.command("worker", hidden=True)
+@click.argument("descriptor", type=int)
+def be_worker(descriptor: int) -> None:
+    """One of several workers, as a supervisor starts them."""
+    supervised.run(descriptor)
 
 
 @_command.command()

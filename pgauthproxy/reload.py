@@ -9,7 +9,8 @@ import asyncio
 import dataclasses
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Final
 
 import msgspec
 
@@ -35,6 +36,8 @@ from pgauthproxy.net.listen import ListenError, parse_listen
 from pgauthproxy.net.tls import ClientSide, TlsConfigError
 from pgauthproxy.ops.log import LogSink
 
+NOT_LOADED: Final = "configuration not loaded, the old one stays"
+LOADED: Final = "configuration loaded anew"
 Read = Callable[[], Settings]
 """Reads the settings. Raises ConfigError."""
 
@@ -60,8 +63,37 @@ def warn_of_cleartext(settings: Settings, listening: Sequence[socket.socket], si
         sink(Noticed("warning", "passwords cross the network in clear", facts))
 
 
+class OneAtATime:
+    """Does something when it is asked for, one after the other; asked for twice meanwhile, it is done once more."""
+
+    def __init__(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        self._work = work
+        self._working: asyncio.Task[None] | None = None
+        self._again = False
+
+    def ask(self) -> None:
+        self._again = self._working is not None
+        if self._working is None:
+            self._working = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """Ends what is going on."""
+        if self._working is not None:
+            self._working.cancel()
+            await asyncio.wait([self._working])
+
+    async def _run(self) -> None:
+        try:
+            await self._work()
+            while self._again:
+                self._again = False
+                await self._work()
+        finally:
+            self._working = None
+
+
 class Reloads:
-    """The settings in force in one gateway: one reload after the other, however often it is asked for.
+    """The settings in force in one gateway.
 
     `asked_for` are those that the operator wrote; `fit` lowers what the machine cannot give, and made `fitted` of them.
     """
@@ -83,38 +115,24 @@ class Reloads:
         self._read = read
         self._fit = fit
         self._sink = sink
-        self._reloading: asyncio.Task[None] | None = None
-        self._again = False
+        self._reloading = OneAtATime(self._reload)
         self._retiring: set[asyncio.Task[None]] = set()
 
     def ask(self) -> None:
         """Has everything read anew, once more if it is being read."""
-        self._again = self._reloading is not None
-        if self._reloading is None:
-            self._reloading = asyncio.get_running_loop().create_task(self._run())
+        self._reloading.ask()
 
     async def close(self) -> None:
         """Ends what is going on. No login is in progress any more."""
-        if self._reloading is not None:
-            self._reloading.cancel()
-            await asyncio.wait([self._reloading])
+        await self._reloading.close()
         if self._retiring:
             await asyncio.wait(self._retiring)
-
-    async def _run(self) -> None:
-        try:
-            await self._reload()
-            while self._again:
-                self._again = False
-                await self._reload()
-        finally:
-            self._reloading = None
 
     async def _reload(self) -> None:
         try:
             wanted = await asyncio.to_thread(self._read)
         except ConfigError as error:
-            self._complain("configuration not loaded, the old one stays", *error.faults)
+            self._complain(NOT_LOADED, *error.faults)
             return
         client_tls, is_sound = self._check(wanted)
         old = self._gateway.admission.authenticator
@@ -142,7 +160,7 @@ class Reloads:
             for text in wanted.listen:
                 parse_listen(text)
         except ListenError as error:
-            self._complain("configuration not loaded, the old one stays", str(error))
+            self._complain(NOT_LOADED, str(error))
             return None, False
         try:
             client_tls = build_client_tls(wanted)
@@ -186,7 +204,7 @@ class Reloads:
         self._sink.change(settings.log.format, settings.log.level)
         self._sink(Noticed("info", "certificates loaded anew"))
         changed = changed_keys(asked_for, self._asked_for)
-        self._sink(Noticed("info", "configuration loaded anew", (("changed", ", ".join(changed) or "nothing"),)))
+        self._sink(Noticed("info", LOADED, (("changed", ", ".join(changed) or "nothing"),)))
         warn_of_cleartext(settings, self._listening, self._sink)
 
     def _retire(self, old: Authenticator) -> None:
@@ -197,8 +215,13 @@ class Reloads:
         task.add_done_callback(self._retiring.discard)
 
     def _complain(self, what: str, *faults: str) -> None:
-        for fault in faults:
-            self._sink(Noticed("error", what, (("reason", fault),)))
+        complain(self._sink, what, *faults)
+
+
+def complain(sink: Sink, what: str, *faults: str) -> None:
+    """A line for each fault."""
+    for fault in faults:
+        sink(Noticed("error", what, (("reason", fault),)))
 
 
 async def _start(authenticator: Authenticator) -> None:

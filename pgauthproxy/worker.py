@@ -1,4 +1,4 @@
-"""One process that serves: start, serve, drain."""
+"""One process that serves: start, serve, drain. It may be the only one, or one of several (supervised.py)."""
 
 import asyncio
 import contextlib
@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -33,6 +35,9 @@ from pgauthproxy.stages import Accepted
 DESCRIPTORS_FOR_ITSELF: Final = 64
 DESCRIPTORS_OF_A_SESSION: Final = 2
 DESCRIPTORS_OF_AN_AUTHENTICATOR: Final = 10
+SESSIONS_BITS: Final = 40
+"""Of a session's number; the rest is the generation of its worker."""
+TellWhy = Callable[[tuple[str, object]], object]
 LOCAL_CLIENT: Final = "[local]"
 MAPPED_PREFIX: Final = "::ffff:"
 
@@ -61,10 +66,50 @@ def serve(
 
     Raises AuthenticatorConfigError and PidFileError if it cannot begin to.
     """
-    # What libraries tell their developers, of a certificate that a peer shows say, is nothing for the log.
-    warnings.simplefilter("ignore")
+    ignore_warnings()
     prepare_process()
-    uvloop.run(Worker(settings, authenticator, listening, read, sink).run())
+    uvloop.run(_run_alone(Worker(settings, authenticator, listening, read, sink), sink))
+
+
+async def _run_alone(worker: "Worker", sink: LogSink) -> None:
+    """A worker without a supervisor hears signals itself."""
+    await worker.start()
+    try:
+        hear_signals(worker.drain, worker.end_now, worker.reloads.ask)
+        with PidFile(worker.reloads.settings.pid_file):
+            worker.listen()
+            announce(worker.reloads.settings, worker.listening, sink)
+            await worker.serve()
+        await worker.finish()
+    finally:
+        await worker.close()
+    sink(Noticed("info", "ended"))
+
+
+def hear_signals(drain: TellWhy, end_now: TellWhy, reload: Callable[[], object]) -> None:
+    """SIGTERM and SIGINT drain at first, and end at once when one comes again; SIGHUP reloads."""
+    heard: list[signal.Signals] = []
+
+    def end(number: signal.Signals) -> None:
+        heard.append(number)
+        (drain if len(heard) == 1 else end_now)(("signal", number.name))
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end, number)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+
+
+def announce(settings: Settings, listening: Sequence[socket.socket], sink: Sink) -> None:
+    """Tells where clients may connect now."""
+    for each in listening:
+        sink(Noticed("info", "listening", (("address", listen.describe(each)),)))
+    warn_of_cleartext(settings, listening, sink)
+
+
+def ignore_warnings() -> None:
+    """What libraries tell their developers, of a certificate that a peer shows say, is nothing for the log."""
+    warnings.simplefilter("ignore")
 
 
 def prepare_process() -> None:
@@ -106,63 +151,81 @@ def _fill_standard_descriptors() -> None:
     os.close(descriptor)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker stands among others: its slot, which its successor has too, and its own generation.
+
+    `removes_files`: those of Unix sockets, once it listens no more.
+    """
+
+    slot: int = 0
+    generation: int = 0
+    removes_files: bool = True
+
+
+ALONE: Final = Place()
+
+
 class Worker:
-    """States, in order: starting, serving, draining (first signal), ended."""
+    """States, in order: made, started, serving (`listen`), draining (`drain`), ended (`finish`)."""
 
     def __init__(
         self,
         settings: Settings,
         authenticator: Authenticator,
-        listening: list[socket.socket],
+        listening: Sequence[socket.socket],
         read: Read,
         sink: LogSink,
+        place: Place = ALONE,
     ) -> None:
         self._sink = sink
-        self._listening = listening
+        self._place = place
+        self.listening = listening
         fitted = fitting(settings, sink)
-        self._gateway: Gateway = build_gateway(fitted, authenticator, sink)
-        self._reloads = Reloads(self._gateway, settings, fitted, listening, read, fitting, sink)
+        self.gateway: Gateway = build_gateway(fitted, authenticator, sink, place.slot)
+        self.reloads = Reloads(self.gateway, settings, fitted, listening, read, fitting, sink)
         self._listeners: list[Listener] = []
-        self._sessions_begun = 0
-        self._signals = 0
-        self._draining = asyncio.Event()
+        self._sessions_begun = place.generation << SESSIONS_BITS
+        self._is_draining = asyncio.Event()
         self._ended = asyncio.Event()
 
-    async def run(self) -> None:
-        """Raises AuthenticatorConfigError if the authenticator cannot be started, and PidFileError."""
-        await self._gateway.admission.authenticator.start()
-        self._hear_signals()
-        try:
-            with PidFile(self._reloads.settings.pid_file):
-                self._start()
-                await self._draining.wait()
-                # From here on a successor may stand in its place.
-                for listener in self._listeners:
-                    listener.close()
-            await self._drain()
-        finally:
-            await self._gateway.admission.authenticator.close()
-
-    def _hear_signals(self) -> None:
+    async def start(self) -> None:
+        """Raises AuthenticatorConfigError if the authenticator cannot be started."""
+        await self.gateway.admission.authenticator.start()
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report_exception)
         # It may be called by any thread.
         sys.unraisablehook = lambda found: loop.call_soon_threadsafe(self._report_unraisable, found.exc_value)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled, number)
-        loop.add_signal_handler(signal.SIGHUP, self._reloads.ask)
 
-    def _start(self) -> None:
-        self._listeners = [Listener(each, self._accepted, self._starved) for each in self._listening]
-        for each in self._listening:
-            self._sink(Noticed("info", "listening", (("address", listen.describe(each)),)))
-        warn_of_cleartext(self._reloads.settings, self._listening, self._sink)
+    def listen(self) -> None:
+        removes = self._place.removes_files
+        self._listeners = [
+            Listener(each, self._accepted, self._starved, removes_file=removes) for each in self.listening
+        ]
+
+    async def serve(self) -> None:
+        """Returns once nobody new is accepted any more; a successor may stand in its place from then on."""
+        await self._is_draining.wait()
+        for listener in self._listeners:
+            listener.close()
+
+    def drain(self, fact: tuple[str, object]) -> None:
+        """Has it end once its sessions have; `fact` says why."""
+        if not self._is_draining.is_set():
+            self._sink(Noticed("info", "shutting down", (fact, ("sessions", len(self.gateway.sessions)))))
+            self._is_draining.set()
+
+    def end_now(self, fact: tuple[str, object]) -> None:
+        """Ends it without waiting for sessions."""
+        self._sink(Noticed("warning", "ending at once", (fact,)))
+        self._is_draining.set()
+        self._ended.set()
 
     def _accepted(self, connection: socket.socket, peer: Any) -> None:
         self._sessions_begun += 1
         address = client_address(peer)
         try:
-            session = Session(self._gateway, self._sessions_begun)
+            session = Session(self.gateway, self._sessions_begun)
         except GatewayFault as fault:
             self._turn_away(connection, fault)
             self._sink(Refused(Accepted(f"{self._sessions_begun:x}", address), None, fault))
@@ -174,38 +237,31 @@ class Worker:
         with connection:
             # It may have sent nothing yet, or have gone.
             with contextlib.suppress(OSError):
-                connection.recv(self._reloads.settings.max_startup_packet)
+                connection.recv(self.reloads.settings.max_startup_packet)
             with contextlib.suppress(OSError):
                 connection.send(messages.fatal(fault.sqlstate, fault.told or b""))
 
     def _starved(self, error: OSError) -> None:
         self._sink(Noticed("error", "accepting pauses", (("reason", error.strerror),)))
 
-    def _signalled(self, number: signal.Signals) -> None:
-        self._signals += 1
-        if self._signals == 1:
-            facts = (("signal", number.name), ("sessions", len(self._gateway.sessions)))
-            self._sink(Noticed("info", "shutting down", facts))
-            self._draining.set()
-        else:
-            self._sink(Noticed("warning", "ending at once", (("signal", number.name),)))
-            self._ended.set()
-
-    async def _drain(self) -> None:
-        """Lets sessions go on until they end, the time is up, or a second signal comes."""
-        for session in list(self._gateway.sessions):
+    async def finish(self) -> None:
+        """Lets sessions go on until they end, the time is up, or it is to end at once."""
+        for session in list(self.gateway.sessions):
             session.refuse_login(shutting_down())
-        self._gateway.idle = self._ended.set
-        if self._gateway.sessions:
-            await self._wait_for_end(self._reloads.settings.drain_timeout)
-        if self._gateway.sessions:
+        self.gateway.idle = self._ended.set
+        if self.gateway.sessions:
+            await self._wait_for_end(self.reloads.settings.drain_timeout)
+        if self.gateway.sessions:
             self._ended.clear()
-            for session in list(self._gateway.sessions):
+            for session in list(self.gateway.sessions):
                 session.end(CloseReason.SHUTDOWN, b"terminating connection due to administrator command")
-            await self._wait_for_end(min(1.0, self._reloads.settings.close_timeout))
-        await self._reloads.close()
-        self._gateway.targets.warm.close()
-        self._sink(Noticed("info", "ended"))
+            await self._wait_for_end(min(1.0, self.reloads.settings.close_timeout))
+        await self.reloads.close()
+        self.gateway.targets.warm.close()
+
+    async def close(self) -> None:
+        """Gives back what is left."""
+        await self.gateway.admission.authenticator.close()
 
     async def _wait_for_end(self, seconds: float) -> None:
         try:

@@ -65,6 +65,18 @@ class Gateway:
     def pid(self) -> int:
         return self.process.pid
 
+    @property
+    def config(self) -> Path:
+        """The file with its settings."""
+        return self.log.with_suffix(".yaml")
+
+    def rewrite(self, **settings: Any) -> None:
+        """Other settings in its file, nested ones as dictionaries; the others stay. It does not read them by itself."""
+        content = yaml.safe_load(self.config.read_text())
+        for name, value in settings.items():
+            content[name] = content.get(name, {}) | value if isinstance(value, dict) else value
+        self.config.write_text(yaml.safe_dump(content))
+
     def log_lines(self, event: str = "") -> list[dict[str, Any]]:
         whole = self.log.read_text().rpartition("\n")[0]
         lines = [json.loads(line) for line in whole.split("\n") if line.startswith("{")]

@@ -213,6 +213,11 @@ class Settings(_Settings, frozen=True):
     listen: list[str] = msgspec.field(default_factory=lambda: [":5432"])
     """Where clients connect: `host:port`, `:port` (all interfaces), `[v6]:port`, `unix:/folder:port`, or a list of
     these."""
+    workers: Annotated[int, Meta(ge=1, le=256)] | Literal["auto"] = 1
+    """How many processes serve. `auto`: one for each core that the gateway may use. More than one have a supervisor
+    above them (docs/operations.md)."""
+    worker_timeout: Positive = 30.0
+    """How long one of several processes may show no sign of life before it is killed and replaced."""
     authenticator: AuthenticatorSettings = AuthenticatorSettings()
     tls: TlsSettings = TlsSettings()
     target: TargetSettings = TargetSettings()
@@ -258,7 +263,7 @@ class Settings(_Settings, frozen=True):
         return self.tls.mode or ("allow" if self.tls.cert else "disable")
 
 
-FIXED: Final = ("listen", "backlog", "buffer_size", "pid_file")
+FIXED: Final = ("listen", "workers", "backlog", "buffer_size", "pid_file")
 """Settings that a running gateway cannot change."""
 SECRET_PATHS: Final = ("authenticator.scram_seed",)
 """Settings whose values are shown to nobody."""

@@ -7,7 +7,7 @@ coroutine and no task lives on. Step 9 is `_close`, the one door out of a sessio
 import asyncio
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -50,6 +50,8 @@ class Gateway:
     keys: CancelKeys = field(default_factory=CancelKeys)
     sessions: "set[Session]" = field(default_factory=set)
     draining: bool = False
+    ask_elsewhere: Callable[[bytes], Awaitable[tuple[str, str]]] | None = None
+    """Passes a cancel request on to the worker that the key names; returns the session's id and the outcome."""
     idle: Callable[[], None] | None = None
     """Called whenever the last session is over."""
 
@@ -197,13 +199,16 @@ class Session:
         """A cancel request is a connection of its own: it is answered by being closed."""
         gateway = self._gateway
         session = gateway.keys.find(request.key)
-        outcome = "nobody's key"
+        found, outcome = "", cancel.NOBODYS
         try:
             if session is not None:
+                found = session.id
                 outcome = await cancel.forward(session, gateway.cancel_timeout, gateway.targets)
+            elif gateway.ask_elsewhere is not None and gateway.keys.may_be_elsewhere(request.key):
+                found, outcome = await gateway.ask_elsewhere(request.key)
         finally:
             client.close()
-        gateway.sink(Cancelled(accepted.address, session.id if session else "", outcome))
+        gateway.sink(Cancelled(accepted.address, found, outcome))
 
     def _attach(self, client: ClientLeg, target: TargetLeg, attached: Attached, minor: int) -> None:
         """Steps 7 and 8: lets the client in and sets the two ends back to back."""

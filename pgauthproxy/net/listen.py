@@ -1,6 +1,7 @@
 """Listening: addresses as operators write them, and an accept loop that running out of descriptors cannot spin."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import re
@@ -87,10 +88,12 @@ def _open_all_interfaces(address: ListenAddress, backlog: int) -> socket.socket:
     return _open_tcp(socket.AF_INET, ("0.0.0.0", port), backlog, v6_only=False)  # noqa: S104 (asked for)
 
 
-def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool) -> socket.socket:
+def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool, shares: bool = False) -> socket.socket:
     listening = sockets.make(family)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shares:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6_only)
         listening.bind(where)  # type: ignore[arg-type]  # an address as getaddrinfo gives it
@@ -130,6 +133,35 @@ def _remove_stale(path: str) -> None:
             os.unlink(path)
 
 
+def open_again(listening: socket.socket, backlog: int) -> socket.socket:
+    """Another socket for the same address, to which the kernel sends a share of the connections. Raises ListenError.
+
+    For a Unix socket there is no such thing: it is the same one. So `listening` must not be closed before the other.
+    """
+    if listening.family == socket.AF_UNIX:
+        return listening
+    v6_only = listening.family == socket.AF_INET6 and listening.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) != 0
+    try:
+        # Only now: whoever asked for it from the start would share a port with a stranger, and not be told.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        return _open_tcp(listening.family, listening.getsockname(), backlog, v6_only=v6_only, shares=True)
+    except OSError as error:
+        raise ListenError(f"listen: {describe(listening)}: {error.strerror}") from error
+
+
+def take_over(descriptor: int) -> socket.socket:
+    """A listening socket that was opened by somebody else."""
+    with socket.socket(fileno=os.dup(descriptor)) as found:
+        family = found.family
+    return sockets.make(family, descriptor)
+
+
+def remove_file(path: str) -> None:
+    """Removes a Unix socket's file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 def describe(listening: socket.socket) -> str:
     """The address as an operator would write it."""
     if listening.family == socket.AF_UNIX:
@@ -154,11 +186,13 @@ class Listener:
         listening: socket.socket,
         accepted: Callable[[socket.socket, Any], None],
         starved: Callable[[OSError], None],
+        *,
+        removes_file: bool = True,
     ) -> None:
         self._listening = listening
         self._accepted = accepted
         self._starved = starved
-        self._path = listening.getsockname() if listening.family == socket.AF_UNIX else ""
+        self._path = listening.getsockname() if removes_file and listening.family == socket.AF_UNIX else ""
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
         self._at_once = 1
@@ -192,14 +226,11 @@ class Listener:
         self._loop.add_reader(self._listening, self._accept)
 
     def close(self) -> None:
-        """Stops accepting. A Unix socket's file is removed."""
+        """Stops accepting. A Unix socket's file is removed, if that is to be done here."""
         if self._resume is not None:
             self._resume.cancel()
         else:
             self._loop.remove_reader(self._listening)
         self._listening.close()
         if self._path:
-            try:
-                os.unlink(self._path)
-            except FileNotFoundError:
-                return
+            remove_file(self._path)

@@ -170,7 +170,9 @@ class LogSink:
     sixth of its cost. What concerns the gateway itself is written at once, and everything when it ends (`flush`).
     """
 
-    def __init__(self, log_format: str, level: str, descriptor: int = STDERR) -> None:
+    def __init__(self, log_format: str, level: str, descriptor: int = STDERR, worker: int | None = None) -> None:
+        """`worker` is which of several processes writes, if there are several."""
+        self._always = {} if worker is None else {"worker": worker}
         self._writer = LineWriter(descriptor, self._dropped_line)
         self._waiting: list[tuple[float, Event]] = []
         self.change(log_format, level)
@@ -184,11 +186,11 @@ class LogSink:
             self._writer,
             processors=[self._render],
             wrapper_class=structlog.make_filtering_bound_logger(level),
-        ).bind()
+        ).bind(**self._always)
 
     def _dropped_line(self, count: int) -> str:
         what = "lines of the log were dropped: nobody read them"
-        return self._render(None, "warning", {"at": time.time(), "lines": count, "event": what})
+        return self._render(None, "warning", {**self._always, "at": time.time(), "lines": count, "event": what})
 
     def __call__(self, event: Event) -> None:
         self._waiting.append((time.time(), event))

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
-    "errors secret private_file pid_file stages events",
+    "errors secret private_file pid_file cores stages events",
     "_wire _digest _tls _relay _spawn",
     "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_tls proto.target_login",
     "auth.model auth.fields auth.references auth.targets",
@@ -21,7 +21,7 @@ LAYOUT = [
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel gateway.session",
     "ops.log",
     "config.schema config.load config.reference",
-    "build reload worker trial",
+    "control build reload worker supervised supervisor trial",
     "throwaway demo",
     "terminal users_command",
     "cli __main__",

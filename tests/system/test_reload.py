@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pgauthproxy.config import schema
 from pgauthproxy.throwaway import ThrowawayPostgres
@@ -26,19 +25,6 @@ LOADED = "configuration loaded anew"
 KEPT = "configuration not loaded, the old one stays"
 FIXED = "settings that need a restart stay as they were"
 CLEARTEXT_REQUEST = struct.pack("!i", 3)
-
-
-def configuration(gateway: Gateway) -> Path:
-    return gateway.log.with_suffix(".yaml")
-
-
-def rewrite(gateway: Gateway, *, without: str = "", **settings: Any) -> None:
-    """Settings beside those that there are, one level deep; `without` one."""
-    content = yaml.safe_load(configuration(gateway).read_text())
-    content.pop(without, None)
-    for name, value in settings.items():
-        content[name] = content.get(name, {}) | value if isinstance(value, dict) else value
-    configuration(gateway).write_text(yaml.safe_dump(content))
 
 
 def reload(gateway: Gateway, event: str = LOADED) -> dict[str, Any]:
@@ -61,12 +47,12 @@ def test_new_limits_count_for_new_clients_and_sessions_are_not_touched(gateway: 
     with RawClient(gateway.port) as first, RawClient(gateway.port) as second:
         first.log_in()
         second.log_in()
-        rewrite(gateway, max_clients=1)
+        gateway.rewrite(max_clients=1)
         assert reload(gateway)["changed"] == "max_clients"
         assert_full(gateway)
         first.assert_served()
         second.assert_served()
-        rewrite(gateway, max_clients=3)
+        gateway.rewrite(max_clients=3)
         reload(gateway)
         assert_serves(gateway.port)
 
@@ -75,7 +61,7 @@ def test_a_new_login_timeout_counts_for_new_clients(gateway: Gateway) -> None:
     with RawClient(gateway.port) as before:
         before.send(startup())
         before.read_message()
-        rewrite(gateway, login_timeout=0.2)
+        gateway.rewrite(login_timeout=0.2)
         reload(gateway)
         with RawClient(gateway.port) as client:
             client.send(startup())
@@ -90,7 +76,7 @@ def test_the_command_and_the_method_change_together(
 ) -> None:
     lines = f"echo _META_TARGET_HOST=127.0.0.1:{postgres.port}; echo user=hashed; echo database=postgres"
     script = authenticator(f'{lines}; echo "_META_TARGET_CRED=hashed secret"; [ "$user" = bob ]', "other")
-    rewrite(gateway, authenticator={"cmd": [str(script)], "method": "cleartext"})
+    gateway.rewrite(authenticator={"cmd": [str(script)], "method": "cleartext"})
     assert reload(gateway)["changed"] == "authenticator.cmd, authenticator.method"
     with RawClient(gateway.port) as client:
         client.send(startup(user="bob"))
@@ -115,7 +101,7 @@ def test_the_authenticator_changes_its_kind_and_nothing_of_the_old_one_is_left(
     assert_serves(gateway.port)
     processes = gateway.children
     assert processes
-    rewrite(gateway, authenticator={"kind": "command", "cmd": [str(mapped)]})
+    gateway.rewrite(authenticator={"kind": "command", "cmd": [str(mapped)]})
     reload(gateway)
     assert_serves(gateway.port)
     wait_until(lambda: not gateway.children & processes, "the worker to be gone")
@@ -140,7 +126,7 @@ def test_a_login_in_the_hands_of_the_old_authenticator_is_decided_by_it(
         client.send(startup() + password())
         wait_until(asked.exists, "the worker to be asked")
         old = gateway.children
-        rewrite(gateway, authenticator={"kind": "command", "cmd": ["false"]})
+        gateway.rewrite(authenticator={"kind": "command", "cmd": ["false"]})
         reload(gateway)
         assert refusal(gateway, "late")[0]["C"] == "28P01"
         assert gateway.children >= old
@@ -152,7 +138,7 @@ def test_a_login_in_the_hands_of_the_old_authenticator_is_decided_by_it(
 
 def test_tls_with_clients_is_switched_on(gateway: Gateway, authority: Authority) -> None:
     identity = authority.issue("reloaded", "localhost")
-    rewrite(gateway, tls={"cert": str(identity.cert), "key": str(identity.key), "mode": "require"})
+    gateway.rewrite(tls={"cert": str(identity.cert), "key": str(identity.key), "mode": "require"})
     reload(gateway)
     with RawClient(gateway.port) as client:
         client.send(SSL_REQUEST)
@@ -172,7 +158,7 @@ def test_targets_are_spoken_to_as_the_new_settings_say(mapped_to: Callable[..., 
     with ScriptedTarget(speak) as target:
         gateway = mapped_to({"_META_TARGET_HOST": f"127.0.0.1:{target.port}", "user": "x"})
         for protocol in ("3.0", "3.2"):
-            rewrite(gateway, target={"protocol": protocol})
+            gateway.rewrite(target={"protocol": protocol})
             reload(gateway)
             with RawClient(gateway.port) as client:
                 client.log_in()
@@ -180,10 +166,10 @@ def test_targets_are_spoken_to_as_the_new_settings_say(mapped_to: Callable[..., 
 
 
 def test_the_level_of_the_log_changes(gateway: Gateway) -> None:
-    rewrite(gateway, log={"level": "warning"}, backlog=7)
+    gateway.rewrite(log={"level": "warning"}, backlog=7)
     reload(gateway, FIXED)
     assert_serves(gateway.port)
-    rewrite(gateway, log={"level": "info"})
+    gateway.rewrite(log={"level": "info"})
     reload(gateway)
     assert not gateway.log_lines("login")
     assert_serves(gateway.port)
@@ -194,7 +180,7 @@ def test_the_level_of_the_log_changes(gateway: Gateway) -> None:
 
 
 def test_what_needs_a_restart_is_named_and_the_rest_is_in_force(gateway: Gateway, tmp_path: Path) -> None:
-    rewrite(gateway, listen="127.0.0.1:1", backlog=7, buffer_size=4096, max_clients=1, pid_file=str(tmp_path / "new"))
+    gateway.rewrite(listen="127.0.0.1:1", backlog=7, buffer_size=4096, max_clients=1, pid_file=str(tmp_path / "new"))
     assert reload(gateway)["changed"] == "max_clients"
     line = gateway.wait_for(FIXED)
     assert line["keys"] == "listen, backlog, buffer_size, pid_file"
@@ -226,7 +212,7 @@ def test_a_bad_file_changes_nothing_and_every_fault_is_a_line(
 ) -> None:
     with RawClient(gateway.port) as session:
         session.log_in()
-        configuration(gateway).write_text(content)
+        gateway.config.write_text(content)
         gateway.process.send_signal(signal.SIGHUP)
         gateway.wait_for(event, len(reasons))
         said = [line["reason"] for line in gateway.log_lines(event)]
@@ -240,7 +226,7 @@ def test_a_bad_file_changes_nothing_and_every_fault_is_a_line(
 
 def test_faults_of_several_parts_are_told_together(gateway: Gateway) -> None:
     tls = {"cert": "/no/such.crt", "key": "/no/such.key"}
-    rewrite(gateway, authenticator={"cmd": ["/no/such"]}, tls=tls, max_clients=1)
+    gateway.rewrite(authenticator={"cmd": ["/no/such"]}, tls=tls, max_clients=1)
     gateway.process.send_signal(signal.SIGHUP)
     gateway.wait_for("authenticator not loaded, the old one stays")
     gateway.wait_for("certificates not loaded, the old ones stay")
@@ -250,14 +236,14 @@ def test_faults_of_several_parts_are_told_together(gateway: Gateway) -> None:
 
 
 def test_a_file_that_is_gone_changes_nothing(gateway: Gateway) -> None:
-    configuration(gateway).unlink()
+    gateway.config.unlink()
     assert "No such file" in reload(gateway, KEPT)["reason"]
     assert_serves(gateway.port)
 
 
 def test_many_signals_during_logins_do_no_harm(gateway: Gateway) -> None:
     for number in range(20):
-        rewrite(gateway, max_clients=100 + number, authenticator={"timeout": 5.0 + number})
+        gateway.rewrite(max_clients=100 + number, authenticator={"timeout": 5.0 + number})
         gateway.process.send_signal(signal.SIGHUP)
         assert_serves(gateway.port)
     descriptors = gateway.descriptors
@@ -278,21 +264,21 @@ def with_pid_file(start_gateway: StartGateway, mapped: Path, tmp_path: Path) -> 
 def test_the_command_reloads_the_gateway_that_the_file_names(with_pid_file: Gateway, tmp_path: Path, run: Run) -> None:
     pid_file = tmp_path / "pid"
     assert pid_file.read_text() == f"{with_pid_file.pid}\n"
-    rewrite(with_pid_file, max_clients=7)
-    done = run("reload", "--config", str(configuration(with_pid_file)))
+    with_pid_file.rewrite(max_clients=7)
+    done = run("reload", "--config", str(with_pid_file.config))
     assert (done.returncode, done.stderr) == (0, "")
     assert with_pid_file.wait_for(LOADED)["changed"] == "max_clients"
     assert with_pid_file.stop() == 0
     assert not pid_file.exists()
-    done = run("reload", "--config", str(configuration(with_pid_file)))
+    done = run("reload", "--config", str(with_pid_file.config))
     assert_one_clear_line(done, "pid_file", "No such file")
 
 
 def test_the_command_tells_of_faults_and_leaves_the_gateway_alone(with_pid_file: Gateway, run: Run) -> None:
-    rewrite(with_pid_file, max_clients=0)
-    done = run("reload", "--config", str(configuration(with_pid_file)))
+    with_pid_file.rewrite(max_clients=0)
+    done = run("reload", "--config", str(with_pid_file.config))
     assert_one_clear_line(done, "max_clients")
-    rewrite(with_pid_file, max_clients=5)
+    with_pid_file.rewrite(max_clients=5)
     reload(with_pid_file)
     assert not with_pid_file.log_lines(KEPT)
 
@@ -300,8 +286,8 @@ def test_the_command_tells_of_faults_and_leaves_the_gateway_alone(with_pid_file:
 def test_a_number_that_was_left_behind_is_nobodys(gateway: Gateway, tmp_path: Path, run: Run) -> None:
     with sleeping() as stranger:
         (tmp_path / "pid").write_text(f"{stranger.pid}\n")
-        rewrite(gateway, pid_file=str(tmp_path / "pid"))
-        done = run("reload", "--config", str(configuration(gateway)))
+        gateway.rewrite(pid_file=str(tmp_path / "pid"))
+        done = run("reload", "--config", str(gateway.config))
         assert_one_clear_line(done, "pid_file", "does not run any more")
         assert stranger.poll() is None
 
@@ -318,12 +304,12 @@ def sleeping() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_without_the_setting_the_command_says_what_is_missing(gateway: Gateway, run: Run) -> None:
-    done = run("reload", "--config", str(configuration(gateway)))
+    done = run("reload", "--config", str(gateway.config))
     assert_one_clear_line(done, "pid_file", "not set")
 
 
 def test_two_gateways_do_not_share_a_file(with_pid_file: Gateway, run: Run) -> None:
-    done = run("--config", str(configuration(with_pid_file)))
+    done = run("--config", str(with_pid_file.config))
     assert done.returncode == 2
     assert f"process {with_pid_file.pid} runs already" in done.stderr
     assert_serves(with_pid_file.port)
@@ -339,8 +325,8 @@ def test_a_file_that_was_left_behind_is_in_nobodys_way(
 
 
 def test_a_file_that_cannot_be_written_ends_the_start(gateway: Gateway, run: Run) -> None:
-    rewrite(gateway, pid_file="/no/such/folder/pid", listen="127.0.0.1:0")
-    done = run("--config", str(configuration(gateway)))
+    gateway.rewrite(pid_file="/no/such/folder/pid", listen="127.0.0.1:0")
+    done = run("--config", str(gateway.config))
     assert done.returncode == 2
     assert "pid_file: /no/such/folder/pid: No such file or directory" in done.stderr
 
@@ -349,7 +335,7 @@ def test_a_successor_takes_the_file_over_while_sessions_go_on(
     with_pid_file: Gateway, start_gateway: StartGateway, mapped: Path, tmp_path: Path
 ) -> None:
     pid_file = tmp_path / "pid"
-    rewrite(with_pid_file, drain_timeout=600)
+    with_pid_file.rewrite(drain_timeout=600)
     reload(with_pid_file)
     with RawClient(with_pid_file.port) as client:
         client.log_in()

@@ -1,0 +1,187 @@
+"""A worker that is one of several: what it does is the same, but a supervisor tells it what to do.
+
+Signals are the supervisor's to hear: those of a terminal or a service manager may come to all of its processes. When
+that is gone, the worker drains: nobody would replace it.
+"""
+
+import asyncio
+import itertools
+import signal
+import socket
+import sys
+from typing import Final
+
+import uvloop
+
+from pgauthproxy.auth.model import AuthenticatorConfigError
+from pgauthproxy.build import examine
+from pgauthproxy.config.schema import Settings
+from pgauthproxy.control import (
+    Begin,
+    CancelAsked,
+    CancelDone,
+    Channel,
+    Drain,
+    EndNow,
+    Failed,
+    Ping,
+    Pong,
+    Ready,
+    Settle,
+)
+from pgauthproxy.events import Noticed
+from pgauthproxy.gateway import cancel
+from pgauthproxy.net import listen
+from pgauthproxy.ops.log import LogSink
+from pgauthproxy.worker import Place, Worker, ignore_warnings, prepare_process
+
+GONE: Final = "the supervisor is gone"
+CANNOT_BEGIN: Final = 2
+"""Exit status: the supervisor was told why."""
+
+
+def run(descriptor: int) -> None:
+    """The whole life of a worker whose supervisor listens at the other end of this descriptor."""
+    ignore_warnings()
+    prepare_process()
+    sys.exit(uvloop.run(_run(descriptor)))
+
+
+async def _run(descriptor: int) -> int:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, lambda: None)
+    channel = await Channel.open(socket.socket(fileno=descriptor))
+    begin = await channel.receive()
+    if not isinstance(begin, Begin):
+        return 0
+    sink = LogSink(begin.settings.log.format, begin.settings.log.level, worker=begin.slot)
+    try:
+        return await _serve(channel, begin, sink)
+    finally:
+        sink.flush()
+        channel.close()
+
+
+async def _serve(channel: Channel, begin: Begin, sink: LogSink) -> int:
+    listening = [listen.take_over(descriptor) for descriptor in begin.listening]
+    authenticator, faults = examine(begin.settings, sink)
+    if authenticator is None or faults:
+        channel.send(Failed(tuple(faults)))
+        return CANNOT_BEGIN
+    latest = Latest(begin.settings)
+    place = Place(begin.slot, begin.generation, removes_files=False)
+    worker = Worker(begin.settings, authenticator, listening, latest.read, sink, place)
+    try:
+        await worker.start()
+    except AuthenticatorConfigError as error:
+        channel.send(Failed(error.faults))
+        return CANNOT_BEGIN
+    obeying = Obeying(channel, worker, latest, begin.removes_files, sink)
+    attending = asyncio.get_running_loop().create_task(obeying.attend())
+    try:
+        worker.listen()
+        channel.send(Ready())
+        await worker.serve()
+        await worker.finish()
+    finally:
+        attending.cancel()
+        await asyncio.wait([attending])
+        await obeying.close()
+        await worker.close()
+    return 0
+
+
+class Latest:
+    """The settings that the supervisor has sent last."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def read(self) -> Settings:
+        return self.settings
+
+
+class Obeying:
+    """Does what the supervisor says, and passes on cancel requests whose keys are other workers'."""
+
+    def __init__(self, channel: Channel, worker: Worker, latest: Latest, removes_files: bool, sink: LogSink) -> None:
+        self._channel = channel
+        self._worker = worker
+        self._latest = latest
+        self._removes_files = removes_files
+        self._sink = sink
+        self._tickets = itertools.count()
+        self._asked: dict[int, asyncio.Future[tuple[str, str]]] = {}
+        self._cancelling: set[asyncio.Task[None]] = set()
+        worker.gateway.ask_elsewhere = self._ask_elsewhere
+
+    async def attend(self) -> None:
+        """Until the supervisor is gone."""
+        async for frame in self._channel.frames():
+            match frame:
+                case Ping():
+                    self._channel.send(Pong())
+                case Settle(settings):
+                    self._latest.settings = settings
+                    self._worker.reloads.ask()
+                case Drain(why):
+                    self._worker.drain(("signal", why))
+                case EndNow(why):
+                    self._worker.end_now(("signal", why))
+                case CancelAsked():
+                    task = asyncio.get_running_loop().create_task(self._cancel(frame))
+                    self._cancelling.add(task)
+                    task.add_done_callback(self._cancelling.discard)
+                case CancelDone(ticket, session, outcome):
+                    self._answered(ticket, session, outcome)
+        self._orphaned()
+
+    def _orphaned(self) -> None:
+        self._sink(Noticed("warning", GONE))
+        asyncio.get_running_loop().add_signal_handler(
+            signal.SIGTERM, self._worker.end_now, ("signal", signal.SIGTERM.name)
+        )
+        for ticket in list(self._asked):
+            self._answered(ticket, "", f"not passed on: {GONE}")
+        if self._removes_files:
+            for each in self._worker.listening:
+                if each.family == socket.AF_UNIX and each.fileno() >= 0:
+                    listen.remove_file(each.getsockname())
+        self._worker.drain(("reason", GONE))
+
+    async def close(self) -> None:
+        """Gives up what is under way."""
+        for task in self._cancelling:
+            task.cancel()
+        if self._cancelling:
+            await asyncio.wait(self._cancelling)
+
+    async def _ask_elsewhere(self, key: bytes) -> tuple[str, str]:
+        ticket = next(self._tickets)
+        if not self._channel.send(CancelAsked(ticket, key)):
+            return "", f"not passed on: {GONE}"
+        answer: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
+        self._asked[ticket] = answer
+        seconds = self._worker.gateway.cancel_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await answer
+        except TimeoutError:
+            return "", f"passed on to another worker, not confirmed in {seconds:g} s"
+        finally:
+            del self._asked[ticket]
+
+    def _answered(self, ticket: int, session: str, outcome: str) -> None:
+        answer = self._asked.get(ticket)
+        if answer is not None and not answer.done():
+            answer.set_result((session, outcome))
+
+    async def _cancel(self, asked: CancelAsked) -> None:
+        """Another worker was asked for what is ours."""
+        gateway = self._worker.gateway
+        session = gateway.keys.find(asked.key)
+        found, outcome = "", cancel.NOBODYS
+        if session is not None:
+            found, outcome = session.id, await cancel.forward(session, gateway.cancel_timeout, gateway.targets)
+        self._channel.send(CancelDone(asked.ticket, found, outcome))
