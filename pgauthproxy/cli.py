@@ -23,6 +23,7 @@ from pgauthproxy.net import listen
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFileError, running
 from pgauthproxy.proto import scram
+from pgauthproxy.service import Service
 from pgauthproxy.supervisor import WorkersFailedError
 from pgauthproxy.terminal import fail, read_password
 from pgauthproxy.users_command import users
@@ -98,6 +99,7 @@ def _command(context: click.Context, /, **flags: Any) -> None:
 
 
 def _serve(flags: dict[str, Any]) -> None:
+    service = Service(os.environ)
     loaded = _load(flags)
     settings = loaded.settings
     sink = LogSink(settings.log.format, settings.log.level)
@@ -107,16 +109,16 @@ def _serve(flags: dict[str, Any]) -> None:
     for warning in loaded.warnings:
         sink(Noticed("warning", warning))
     try:
-        listening = worker.open_listeners(settings)
+        listening = worker.open_listeners(settings, service.descriptors)
     except listen.ListenError as error:
         fail(str(error))
     count = available_cores() if settings.workers == "auto" else settings.workers
     try:
         # The first process of a container must collect orphans, which may be anybody's but a worker's own.
         if count == 1 and os.getpid() != 1:
-            worker.serve(settings, authenticator, listening, lambda: _read(flags).settings, sink)
+            worker.serve(settings, authenticator, listening, lambda: _read(flags).settings, sink, service)
         else:
-            supervisor.supervise(settings, count, listening, lambda: _read(flags).settings, sink, removes_files=True)
+            supervisor.supervise(settings, count, listening, lambda: _read(flags).settings, sink, service)
     except (AuthenticatorConfigError, WorkersFailedError) as error:
         fail(*error.faults)
     except (PidFileError, listen.ListenError) as error:

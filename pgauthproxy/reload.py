@@ -64,12 +64,16 @@ def warn_of_cleartext(settings: Settings, listening: Sequence[socket.socket], si
 
 
 class OneAtATime:
-    """Does something when it is asked for, one after the other; asked for twice meanwhile, it is done once more."""
+    """Does something when it is asked for, one after the other; asked for twice meanwhile, it is done once more.
+
+    `when_done` is called when nothing is left to be done.
+    """
 
     def __init__(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
         self._work = work
         self._working: asyncio.Task[None] | None = None
         self._again = False
+        self.when_done: Callable[[], object] = lambda: None
 
     def ask(self) -> None:
         self._again = self._working is not None
@@ -90,6 +94,7 @@ class OneAtATime:
                 await self._work()
         finally:
             self._working = None
+            self.when_done()
 
 
 class Reloads:
@@ -115,16 +120,12 @@ class Reloads:
         self._read = read
         self._fit = fit
         self._sink = sink
-        self._reloading = OneAtATime(self._reload)
+        self.reloading = OneAtATime(self._reload)
         self._retiring: set[asyncio.Task[None]] = set()
-
-    def ask(self) -> None:
-        """Has everything read anew, once more if it is being read."""
-        self._reloading.ask()
 
     async def close(self) -> None:
         """Ends what is going on. No login is in progress any more."""
-        await self._reloading.close()
+        await self.reloading.close()
         if self._retiring:
             await asyncio.wait(self._retiring)
 

@@ -124,7 +124,7 @@ class Obeying:
                     self._channel.send(Pong())
                 case Settle(settings):
                     self._latest.settings = settings
-                    self._worker.reloads.ask()
+                    self._worker.reloads.reloading.ask()
                 case Drain(why):
                     self._worker.drain(("signal", why))
                 case EndNow(why):

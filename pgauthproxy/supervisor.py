@@ -45,6 +45,7 @@ from pgauthproxy.net import listen
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile
 from pgauthproxy.reload import LOADED, NOT_LOADED, OneAtATime, Read, changed_keys, complain, keep_fixed
+from pgauthproxy.service import Service
 from pgauthproxy.worker import announce, hear_signals
 
 START_SECONDS: Final = 60.0
@@ -105,27 +106,27 @@ class Passing:
 
 
 def supervise(
-    settings: Settings, count: int, listening: list[socket.socket], read: Read, sink: LogSink, *, removes_files: bool
+    settings: Settings, count: int, listening: list[socket.socket], read: Read, sink: LogSink, service: Service
 ) -> None:
     """Runs until a signal ends it. Raises WorkersFailedError, ListenError and PidFileError if it cannot begin to."""
     _spawn.keep_descriptors_private()
-    slots = [Slot(listening)]
-    slots += [Slot([listen.open_again(each, settings.backlog) for each in listening]) for _ in range(count - 1)]
-    asyncio.run(Supervisor(settings, slots, read, sink, removes_files=removes_files).run())
+    # What a service manager has opened is its own: there is one for all.
+    again = (lambda each: each) if service.descriptors else (lambda each: listen.open_again(each, settings.backlog))
+    slots = [Slot(listening), *(Slot(list(map(again, listening))) for _ in range(count - 1))]
+    asyncio.run(Supervisor(settings, slots, read, sink, service).run())
 
 
 class Supervisor:
     """States, in order: starting, serving, draining, ended."""
 
-    def __init__(
-        self, settings: Settings, slots: list[Slot], read: Read, sink: LogSink, *, removes_files: bool
-    ) -> None:
+    def __init__(self, settings: Settings, slots: list[Slot], read: Read, sink: LogSink, service: Service) -> None:
         self._seed = secrets.token_hex(32)
         self._settings = settings
         self._slots = slots
         self._read = read
         self._sink = sink
-        self._removes_files = removes_files
+        self._service = service
+        self._removes_files = not service.descriptors
         self._children: dict[int, Child] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._generations = 0
@@ -143,7 +144,7 @@ class Supervisor:
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._collect)
-        hear_signals(self._drain, self._end_now, self._reloading.ask)
+        hear_signals(self._drain, self._end_now, self._reloading, self._service)
         for number in range(len(self._slots)):
             self._start(number)
         watching = loop.create_task(self._watch())
@@ -153,6 +154,7 @@ class Supervisor:
                 self._drain(("reason", "workers cannot begin"))
             else:
                 await self._serve()
+            self._service.stopping()
             self._close_sockets()
             self._check_end()
             await self._ended.wait()
@@ -172,6 +174,7 @@ class Supervisor:
                 if not self._is_draining:
                     self._is_serving = True
                     announce(self._settings, self._slots[0].listening, self._sink)
+                    self._service.ready()
                     await self._drained.wait()
         except BaseException:
             self._end_now(("reason", "it cannot begin"))

@@ -29,7 +29,8 @@ from pgauthproxy.net.listen import Listener
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile
 from pgauthproxy.proto import messages
-from pgauthproxy.reload import Read, Reloads, warn_of_cleartext
+from pgauthproxy.reload import OneAtATime, Read, Reloads, warn_of_cleartext
+from pgauthproxy.service import Service
 from pgauthproxy.stages import Accepted
 
 DESCRIPTORS_FOR_ITSELF: Final = 64
@@ -42,12 +43,13 @@ LOCAL_CLIENT: Final = "[local]"
 MAPPED_PREFIX: Final = "::ffff:"
 
 
-def open_listeners(settings: Settings) -> list[socket.socket]:
-    """Binds everything that is to be listened on, or nothing. Raises ListenError."""
+def open_listeners(settings: Settings, inherited: Sequence[int] = ()) -> list[socket.socket]:
+    """Binds everything that is to be listened on, or nothing, unless these descriptors are it. Raises ListenError."""
     _fill_standard_descriptors()
     opened: list[socket.socket] = []
     try:
-        for text in settings.listen:
+        opened += map(listen.take_over, inherited)
+        for text in settings.listen if not inherited else ():
             opened += listen.open_sockets(listen.parse_listen(text), settings.backlog)
     except listen.ListenError:
         for listening in opened:
@@ -60,7 +62,12 @@ def open_listeners(settings: Settings) -> list[socket.socket]:
 
 
 def serve(
-    settings: Settings, authenticator: Authenticator, listening: list[socket.socket], read: Read, sink: LogSink
+    settings: Settings,
+    authenticator: Authenticator,
+    listening: list[socket.socket],
+    read: Read,
+    sink: LogSink,
+    service: Service,
 ) -> None:
     """Runs until a signal ends it; `read` reads the settings anew.
 
@@ -68,26 +75,32 @@ def serve(
     """
     ignore_warnings()
     prepare_process()
-    uvloop.run(_run_alone(Worker(settings, authenticator, listening, read, sink), sink))
+    place = Place(removes_files=not service.descriptors)
+    uvloop.run(_run_alone(Worker(settings, authenticator, listening, read, sink, place), sink, service))
 
 
-async def _run_alone(worker: "Worker", sink: LogSink) -> None:
+async def _run_alone(worker: "Worker", sink: LogSink, service: Service) -> None:
     """A worker without a supervisor hears signals itself."""
     await worker.start()
     try:
-        hear_signals(worker.drain, worker.end_now, worker.reloads.ask)
+        hear_signals(worker.drain, worker.end_now, worker.reloads.reloading, service)
         with PidFile(worker.reloads.settings.pid_file):
             worker.listen()
             announce(worker.reloads.settings, worker.listening, sink)
+            service.ready()
             await worker.serve()
+        service.stopping()
         await worker.finish()
     finally:
         await worker.close()
     sink(Noticed("info", "ended"))
 
 
-def hear_signals(drain: TellWhy, end_now: TellWhy, reload: Callable[[], object]) -> None:
-    """SIGTERM and SIGINT drain at first, and end at once when one comes again; SIGHUP reloads."""
+def hear_signals(drain: TellWhy, end_now: TellWhy, reloading: OneAtATime, service: Service) -> None:
+    """SIGTERM and SIGINT drain at first, and end at once when one comes again; SIGHUP reloads.
+
+    The service manager is told of reloads.
+    """
     heard: list[signal.Signals] = []
 
     def end(number: signal.Signals) -> None:
@@ -97,6 +110,12 @@ def hear_signals(drain: TellWhy, end_now: TellWhy, reload: Callable[[], object])
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
+
+    def reload() -> None:
+        service.reloading()
+        reloading.ask()
+
+    reloading.when_done = service.ready
     loop.add_signal_handler(signal.SIGHUP, reload)
 
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +162,19 @@ StartGateway = Callable[..., Gateway]
 def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
     """Starts gateways; each listens on a free port of 127.0.0.1 unless `listen` is given.
 
-    `cmd` is the authenticator, None if the settings name another; other keyword arguments are settings, nested ones as
-    dictionaries.
+    `cmd` is the authenticator, None if the settings name another; `before` are the words of a program that starts it,
+    `descriptors` what it inherits; other keyword arguments are settings, nested ones as dictionaries.
     At the end each must go away with status 0, and must not have logged an internal error.
     """
     started: list[Gateway] = []
 
     def start(
-        cmd: Any, *, before: list[str] | None = None, environment: dict[str, str] | None = None, **settings: Any
+        cmd: Any,
+        *,
+        before: list[str] | None = None,
+        environment: dict[str, str] | None = None,
+        descriptors: Sequence[int] = (),
+        **settings: Any,
     ) -> Gateway:
         number = len(started)
         authenticator = settings.pop("authenticator", {})
@@ -182,7 +187,12 @@ def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
         command = [sys.executable, "-m", "pgauthproxy", "--config", str(config), "--log-format", "json"]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*(before or []), *command], stderr=output, stdin=subprocess.DEVNULL, env=environment, cwd=tmp_path
+                [*(before or []), *command],
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                cwd=tmp_path,
+                pass_fds=descriptors,
             )
         gateway = Gateway(process, log)
         started.append(gateway)

@@ -150,9 +150,15 @@ def open_again(listening: socket.socket, backlog: int) -> socket.socket:
 
 
 def take_over(descriptor: int) -> socket.socket:
-    """A listening socket that was opened by somebody else."""
-    with socket.socket(fileno=os.dup(descriptor)) as found:
-        family = found.family
+    """A listening socket that was opened by somebody else. Raises ListenError if it is none."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as found:
+            family = found.family
+            listens = found.type == socket.SOCK_STREAM and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise ListenError(f"listen: descriptor {descriptor} that was given: {error.strerror}") from error
+    if not listens or not sockets.is_known(family):
+        raise ListenError(f"listen: descriptor {descriptor} that was given is no socket that listens")
     return sockets.make(family, descriptor)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
-    "errors secret private_file pid_file cores stages events",
+    "errors secret private_file pid_file cores service stages events",
     "_wire _digest _tls _relay _spawn",
     "proto.steps proto.messages proto.startup proto.scram proto.client_login proto.target_tls proto.target_login",
     "auth.model auth.fields auth.references auth.targets",

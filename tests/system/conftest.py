@@ -483,7 +483,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def run(tmp_path: Path) -> Run:
     """Runs pgauthproxy in a folder of its own until it ends."""
 
-    def start(*arguments: str, before: Sequence[str] = (), **variables: str) -> subprocess.CompletedProcess[str]:
+    def start(
+        *arguments: str, before: Sequence[str] = (), descriptors: Sequence[int] = (), **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*before, *MODULE, *arguments],
             capture_output=True,
@@ -492,6 +494,7 @@ def run(tmp_path: Path) -> Run:
             env=environment | variables,
             timeout=WAIT_SECONDS,
             check=False,
+            pass_fds=descriptors,
         )
 
     return start
