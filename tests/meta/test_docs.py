@@ -59,3 +59,8 @@ def test_the_document_of_the_users_file_has_every_key() -> None:
     for spec in (TargetSpec, UserSpec):
         for field in msgspec.structs.fields(spec):
             assert f"| `{field.encode_name}` |" in document, field.encode_name
+
+
+def test_the_document_of_reloads_names_what_needs_a_restart() -> None:
+    (row,) = re.findall(r"(?m)^\| (.*) \| stay as they were", (ROOT / "docs/operations.md").read_text())
+    assert tuple(re.findall(r"`(\w+)`", row)) == schema.FIXED

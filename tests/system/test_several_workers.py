@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -295,6 +298,68 @@ def test_losing_workers_again_and_again_leaves_nothing_behind(workers: Workers) 
     assert_serves(workers.port)
     assert workers.gateway.children == set(workers.pids.values())
     wait_until(lambda: workers.gateway.descriptors <= before, "descriptors to be given back")
+
+
+def test_workers_that_are_killed_under_load_cost_their_own_sessions_and_nothing_hangs(
+    workers: Workers, backends: Backends
+) -> None:
+    """A client that waits for more than its time-out fails with TimeoutError, which is not one of those expected."""
+    name = f"load {workers.port}"
+    before = workers.gateway.descriptors
+    served, lost = itertools.count(), itertools.count()
+    is_over = threading.Event()
+
+    def go_on() -> None:
+        while not is_over.is_set():
+            try:
+                with RawClient(workers.port) as client:
+                    client.log_in(application_name=name)
+                    for _ in range(3):
+                        client.assert_served()
+                    client.send(message(b"X"))
+                    assert client.read_to_end() == b""
+                next(served)
+            except (EOFError, ConnectionError):
+                next(lost)
+
+    with ThreadPoolExecutor(4) as threads:
+        clients = [threads.submit(go_on) for _ in range(4)]
+        try:
+            for worker in (0, 1, 0, 1):
+                old = workers.pids[worker]
+                workers.kill(worker)
+                workers.wait_for_successor(worker, old)
+        finally:
+            is_over.set()
+        for client in clients:
+            client.result()
+    assert next(served) > 0
+    for _ in range(10):
+        assert_serves(workers.port)
+    assert workers.gateway.children == set(workers.pids.values())
+    assert len(workers.gateway.log_lines("worker ended")) == 4
+    wait_until(lambda: workers.gateway.descriptors <= before, "descriptors to be given back")
+    wait_until(lambda: not backends.named(name), "the server's sessions to end")
+
+
+def test_a_supervisor_that_pauses_kills_nobody_when_it_goes_on(start_workers: StartWorkers) -> None:
+    workers = start_workers(worker_timeout=0.9)
+    pids = workers.pids
+    with contextlib.ExitStack() as stack:
+        clients = [workers.client_at(stack, worker) for worker in (0, 1)]
+        workers.gateway.process.send_signal(signal.SIGSTOP)
+        for client in clients:
+            client.send(query("select pg_sleep(2)"))
+        # Longer than the workers may be silent.
+        for client in clients:
+            client.read_until(b"Z")
+        workers.gateway.process.send_signal(signal.SIGCONT)
+        workers.gateway.process.send_signal(signal.SIGHUP)
+        workers.gateway.wait_for("configuration loaded anew", 3)
+        for client in clients:
+            client.assert_served()
+    assert workers.pids == pids
+    assert not workers.gateway.log_lines("worker ended")
 
 
 def test_a_worker_holds_only_its_own_sockets(workers: Workers) -> None:
