@@ -4,6 +4,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from pgauthproxy.proto import scram
 from pgauthproxy.service import Service
 from pgauthproxy.supervisor import WorkersFailedError
 from pgauthproxy.terminal import fail, read_password
+from pgauthproxy.upgrade import Link, UpgradeError
 from pgauthproxy.users_command import users
 
 
@@ -98,7 +100,8 @@ def _command(context: click.Context, /, **flags: Any) -> None:
         _serve(flags)
 
 
-def _serve(flags: dict[str, Any]) -> None:
+def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
+    """`link` leads to a process that is to be succeeded."""
     service = Service(os.environ)
     loaded = _load(flags)
     settings = loaded.settings
@@ -109,19 +112,21 @@ def _serve(flags: dict[str, Any]) -> None:
     for warning in loaded.warnings:
         sink(Noticed("warning", warning))
     try:
-        listening = worker.open_listeners(settings, service.descriptors)
+        listening = worker.open_listeners(settings, service.descriptors) if link is None else []
     except listen.ListenError as error:
         fail(str(error))
     count = available_cores() if settings.workers == "auto" else settings.workers
     try:
         # The first process of a container must collect orphans, which may be anybody's but a worker's own.
-        if count == 1 and os.getpid() != 1:
-            worker.serve(settings, authenticator, listening, lambda: _read(flags).settings, sink, service)
+        if link is not None or (count == 1 and os.getpid() != 1):
+            worker.serve(
+                settings, authenticator, listening, lambda: _read(flags).settings, sink, service, _own_words(), link
+            )
         else:
             supervisor.supervise(settings, count, listening, lambda: _read(flags).settings, sink, service)
     except (AuthenticatorConfigError, WorkersFailedError) as error:
         fail(*error.faults)
-    except (PidFileError, listen.ListenError) as error:
+    except (PidFileError, UpgradeError, listen.ListenError) as error:
         fail(str(error))
     finally:
         sink.flush()
@@ -199,6 +204,20 @@ def auth(
     sys.exit(trial.run(settings, login, click.echo))
 
 
+def _own_words() -> list[str]:
+    """The flags that this process was started with."""
+    words = sys.argv[1:]
+    return words[:-2] if words[-2:-1] == ["take-over"] else words
+
+
+@_command.command("take-over", hidden=True)
+@click.argument("descriptor", type=int)
+@click.pass_context
+def take_over(context: click.Context, descriptor: int) -> None:
+    """The successor of a gateway that is upgraded, as that one starts it."""
+    _serve(context.obj, Link(socket.socket(fileno=descriptor)))
+
+
 @_command.command("worker", hidden=True)
 @click.argument("descriptor", type=int)
 def be_worker(descriptor: int) -> None:
@@ -215,6 +234,18 @@ def reload(context: click.Context, /, **flags: Any) -> None:
     What comes of it stands in the gateway's log. Settings with a fault are told here, and the gateway is left alone.
     """
     _signal_gateway(_with_flags_before(context, flags), signal.SIGHUP)
+
+
+@_command.command()
+@_settings_options
+@click.pass_context
+def upgrade(context: click.Context, /, **flags: Any) -> None:
+    """Has a new process of the installed program take over from the running gateway, which is found by `pid_file`.
+
+    Sessions without TLS move there; others stay with the old process until they end. What comes of it stands in the
+    gateway's log.
+    """
+    _signal_gateway(_with_flags_before(context, flags), signal.SIGUSR2)
 
 
 def _signal_gateway(flags: dict[str, Any], number: signal.Signals) -> None:

@@ -4,8 +4,9 @@ The end of the file means that the other process is gone.
 """
 
 import asyncio
+import itertools
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final, Self
 
 import msgspec
@@ -89,6 +90,41 @@ class CancelDone(Frame, frozen=True):
 ToWorker = Begin | Settle | Drain | EndNow | Ping | CancelAsked | CancelDone
 ToSupervisor = Ready | Failed | Pong | CancelAsked | CancelDone
 _DECODER: Final = msgspec.msgpack.Decoder(ToWorker | ToSupervisor)
+
+
+class CancelQuestions:
+    """Cancel requests that another process was asked to pass on, and has not answered yet."""
+
+    def __init__(self, send: Callable[[CancelAsked], bool]) -> None:
+        """`send` says whether the question is on its way."""
+        self._send = send
+        self._tickets = itertools.count()
+        self._waiting: dict[int, asyncio.Future[tuple[str, str]]] = {}
+
+    async def ask(self, key: bytes, seconds: float) -> tuple[str, str]:
+        """The session's id, and the outcome."""
+        ticket = next(self._tickets)
+        if not self._send(CancelAsked(ticket, key)):
+            return "", "not passed on: the other process is gone"
+        answer: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = answer
+        try:
+            async with asyncio.timeout(seconds):
+                return await answer
+        except TimeoutError:
+            return "", f"passed on to another worker, not confirmed in {seconds:g} s"
+        finally:
+            del self._waiting[ticket]
+
+    def answered(self, done: CancelDone) -> None:
+        answer = self._waiting.get(done.ticket)
+        if answer is not None and not answer.done():
+            answer.set_result((done.session, done.outcome))
+
+    def give_up(self, why: str) -> None:
+        """Nobody will answer any more."""
+        for ticket in list(self._waiting):
+            self.answered(CancelDone(ticket, "", f"not passed on: {why}"))
 
 
 class Channel:

@@ -18,6 +18,7 @@ class CloseReason(StrEnum):
     TARGET_LOST = "target connection lost"
     TIME_LIMIT = "time limit reached"
     SHUTDOWN = "gateway shut down"
+    HANDED_OVER = "handed over"
 
 
 class LoggedIn(msgspec.Struct, frozen=True):

@@ -17,20 +17,22 @@ class PidFileError(Exception):
 
 
 class PidFile:
-    """Exists from its making to the end of the block. An empty path is no file."""
+    """Exists between `take` and `give_up`, or for a `with` block. An empty path is no file."""
 
     def __init__(self, path: str) -> None:
-        """Raises PidFileError, also if another process holds the file."""
         self._path = os.path.abspath(path) if path else ""
         self._descriptor = -1
-        if not path:
+
+    def take(self) -> None:
+        """Raises PidFileError, also if another process holds the file."""
+        if not self._path:
             return
         try:
-            holder = running(path)
+            holder = running(self._path)
         except PidFileError:
             holder = 0
         if holder:
-            raise PidFileError(f"pid_file: {path}: process {holder} runs already")
+            raise PidFileError(f"pid_file: {self._path}: process {holder} runs already")
         written = f"{self._path}.{os.getpid()}"
         try:
             self._descriptor = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, MODE)
@@ -41,18 +43,23 @@ class PidFile:
             self._close()
             with contextlib.suppress(OSError):
                 os.unlink(written)
-            raise PidFileError(f"pid_file: {path}: {error.strerror}") from None
+            raise PidFileError(f"pid_file: {self._path}: {error.strerror}") from None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def give_up(self) -> None:
+        """Removes it, if it is there and still ours."""
         if self._descriptor >= 0:
             # By now it may be a successor's.
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
                     os.unlink(self._path)
         self._close()
+
+    def __enter__(self) -> Self:
+        self.take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_up()
 
     def _close(self) -> None:
         if self._descriptor >= 0:

@@ -43,6 +43,18 @@ class Service:
             self._is_watched = True
             self._keep_watchdog_quiet()
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a successor must have in its environment to speak to the same manager."""
+        if not self._address:
+            return {}
+        watchdog = {"WATCHDOG_USEC": str(int(self._watchdog_seconds * 2e6))} if self._watchdog_seconds else {}
+        return {"NOTIFY_SOCKET": self._address.replace("\0", "@"), **watchdog}
+
+    def hand_to(self, pid: int) -> None:
+        """That process is the service from here on; this one has nothing more to say."""
+        self._tell(f"MAINPID={pid}")
+
     def reloading(self) -> None:
         self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 

@@ -5,7 +5,6 @@ that is gone, the worker drains: nobody would replace it.
 """
 
 import asyncio
-import itertools
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ from pgauthproxy.control import (
     Begin,
     CancelAsked,
     CancelDone,
+    CancelQuestions,
     Channel,
     Drain,
     EndNow,
@@ -111,8 +111,7 @@ class Obeying:
         self._latest = latest
         self._removes_files = removes_files
         self._sink = sink
-        self._tickets = itertools.count()
-        self._asked: dict[int, asyncio.Future[tuple[str, str]]] = {}
+        self._questions = CancelQuestions(channel.send)
         self._cancelling: set[asyncio.Task[None]] = set()
         worker.gateway.ask_elsewhere = self._ask_elsewhere
 
@@ -133,8 +132,8 @@ class Obeying:
                     task = asyncio.get_running_loop().create_task(self._cancel(frame))
                     self._cancelling.add(task)
                     task.add_done_callback(self._cancelling.discard)
-                case CancelDone(ticket, session, outcome):
-                    self._answered(ticket, session, outcome)
+                case CancelDone():
+                    self._questions.answered(frame)
         self._orphaned()
 
     def _orphaned(self) -> None:
@@ -142,8 +141,7 @@ class Obeying:
         asyncio.get_running_loop().add_signal_handler(
             signal.SIGTERM, self._worker.end_now, ("signal", signal.SIGTERM.name)
         )
-        for ticket in list(self._asked):
-            self._answered(ticket, "", f"not passed on: {GONE}")
+        self._questions.give_up(GONE)
         if self._removes_files:
             for each in self._worker.listening:
                 if each.family == socket.AF_UNIX and each.fileno() >= 0:
@@ -158,30 +156,11 @@ class Obeying:
             await asyncio.wait(self._cancelling)
 
     async def _ask_elsewhere(self, key: bytes) -> tuple[str, str]:
-        ticket = next(self._tickets)
-        if not self._channel.send(CancelAsked(ticket, key)):
-            return "", f"not passed on: {GONE}"
-        answer: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
-        self._asked[ticket] = answer
-        seconds = self._worker.gateway.cancel_timeout
-        try:
-            async with asyncio.timeout(seconds):
-                return await answer
-        except TimeoutError:
-            return "", f"passed on to another worker, not confirmed in {seconds:g} s"
-        finally:
-            del self._asked[ticket]
-
-    def _answered(self, ticket: int, session: str, outcome: str) -> None:
-        answer = self._asked.get(ticket)
-        if answer is not None and not answer.done():
-            answer.set_result((session, outcome))
+        gateway = self._worker.gateway
+        if not gateway.keys.may_be_elsewhere(key):
+            return "", cancel.NOBODYS
+        return await self._questions.ask(key, gateway.cancel_timeout)
 
     async def _cancel(self, asked: CancelAsked) -> None:
         """Another worker was asked for what is ours."""
-        gateway = self._worker.gateway
-        session = gateway.keys.find(asked.key)
-        found, outcome = "", cancel.NOBODYS
-        if session is not None:
-            found, outcome = session.id, await cancel.forward(session, gateway.cancel_timeout, gateway.targets)
-        self._channel.send(CancelDone(asked.ticket, found, outcome))
+        self._channel.send(CancelDone(asked.ticket, *await self._worker.gateway.cancel(asked.key)))

@@ -18,12 +18,11 @@ import os
 import secrets
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from pgauthproxy import _spawn
+from pgauthproxy import _spawn, program
 from pgauthproxy.build import examine, with_lasting_seed
 from pgauthproxy.config.load import ConfigError
 from pgauthproxy.config.schema import Settings
@@ -58,7 +57,6 @@ SIGNS_OF_LIFE: Final = 3
 """How often a worker is asked for one in its time-out."""
 END_SECONDS: Final = 5.0
 """How long workers that are to end at once may take."""
-UNCATCHABLE: Final = {signal.SIGKILL, signal.SIGSTOP}
 MOST_CANCELS: Final = 1024
 """Cancel requests between workers that are under way at once."""
 
@@ -144,6 +142,7 @@ class Supervisor:
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._collect)
+        loop.add_signal_handler(signal.SIGUSR2, self._refuse_upgrade)
         hear_signals(self._drain, self._end_now, self._reloading, self._service)
         for number in range(len(self._slots)):
             self._start(number)
@@ -339,6 +338,9 @@ class Supervisor:
                 listen.remove_file(each.getsockname())
             each.close()
 
+    def _refuse_upgrade(self) -> None:
+        self._sink(Noticed("warning", "not upgraded: with several workers that is a restart"))
+
     # Settings
 
     async def _reload(self) -> None:
@@ -384,23 +386,9 @@ class Supervisor:
 
 
 def _spawn_worker(control: socket.socket, listening: Sequence[socket.socket]) -> int:
-    """Starts this program as a worker. It inherits these descriptors, under their numbers, and no others."""
+    """Starts this program as a worker. It inherits these descriptors, and no others."""
     shared = [control.fileno(), *(each.fileno() for each in listening)]
-    arguments = [sys.executable, *_import_options(), "-m", "pgauthproxy", "worker", str(control.fileno())]
-    for descriptor in shared:
-        os.set_inheritable(descriptor, True)
-    try:
-        return os.posix_spawn(
-            sys.executable, arguments, os.environ, setsigmask=[], setsigdef=signal.valid_signals() - UNCATCHABLE
-        )
-    finally:
-        for descriptor in shared:
-            os.set_inheritable(descriptor, False)
-
-
-def _import_options() -> list[str]:
-    """A worker must find this very package, and nothing in the working directory that this process does not look in."""
-    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+    return program.start(["worker", str(control.fileno())], shared, os.environ)
 
 
 def _kill(child: Child) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import os
 import resource
@@ -27,11 +28,23 @@ from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
 from pgauthproxy.net.listen import Listener
 from pgauthproxy.ops.log import LogSink
-from pgauthproxy.pid_file import PidFile
+from pgauthproxy.pid_file import PidFile, PidFileError
 from pgauthproxy.proto import messages
 from pgauthproxy.reload import OneAtATime, Read, Reloads, warn_of_cleartext
 from pgauthproxy.service import Service
 from pgauthproxy.stages import Accepted
+from pgauthproxy.upgrade import (
+    Link,
+    Relatives,
+    Serving,
+    TakeListening,
+    UpgradeError,
+    abandon,
+    expect,
+    hand_over_sessions,
+    start_successor,
+    take_listening,
+)
 
 DESCRIPTORS_FOR_ITSELF: Final = 64
 DESCRIPTORS_OF_A_SESSION: Final = 2
@@ -68,32 +81,114 @@ def serve(
     read: Read,
     sink: LogSink,
     service: Service,
+    words: Sequence[str],
+    link: Link | None,
 ) -> None:
-    """Runs until a signal ends it; `read` reads the settings anew.
+    """Runs until a signal ends it; `read` reads the settings anew. The program is started anew, for an
+    upgrade, with `words`; `link` leads to the process that is to be succeeded, if there is one.
 
-    Raises AuthenticatorConfigError and PidFileError if it cannot begin to.
+    Raises AuthenticatorConfigError, PidFileError and UpgradeError if it cannot begin to.
     """
     ignore_warnings()
     prepare_process()
     place = Place(removes_files=not service.descriptors)
-    uvloop.run(_run_alone(Worker(settings, authenticator, listening, read, sink, place), sink, service))
+    worker = Worker(settings, authenticator, listening, read, sink, place)
+    uvloop.run(_Alone(worker, sink, service, words).run(link))
 
 
-async def _run_alone(worker: "Worker", sink: LogSink, service: Service) -> None:
-    """A worker without a supervisor hears signals itself."""
-    await worker.start()
-    try:
-        hear_signals(worker.drain, worker.end_now, worker.reloads.reloading, service)
-        with PidFile(worker.reloads.settings.pid_file):
+class _Alone:
+    """A worker without a supervisor: it hears signals itself, and can be succeeded."""
+
+    def __init__(self, worker: "Worker", sink: LogSink, service: Service, words: Sequence[str]) -> None:
+        self._worker = worker
+        self._sink = sink
+        self._service = service
+        self._words = words
+        self._pid_file = PidFile(worker.reloads.settings.pid_file)
+        self._relatives = Relatives(worker.gateway)
+        self._upgrading = OneAtATime(self._upgrade)
+        self._is_succeeded = False
+        self._handing_over: asyncio.Task[None] | None = None
+
+    async def run(self, predecessor: Link | None) -> None:
+        worker = self._worker
+        await worker.start()
+        attending: asyncio.Task[None] | None = None
+        try:
+            if predecessor is not None:
+                worker.succeed(*await take_listening(predecessor))
+            hear_signals(worker.drain, worker.end_now, worker.reloads.reloading, self._service)
+            self._pid_file.take()
             worker.listen()
-            announce(worker.reloads.settings, worker.listening, sink)
-            service.ready()
+            announce(worker.reloads.settings, worker.listening, self._sink)
+            self._service.ready()
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGUSR2, self._upgrading.ask)
+            if predecessor is not None:
+                await predecessor.send(Serving())
+                attending = loop.create_task(self._relatives.attend(predecessor))
             await worker.serve()
-        service.stopping()
-        await worker.finish()
-    finally:
-        await worker.close()
-    sink(Noticed("info", "ended"))
+            self._pid_file.give_up()
+            if not self._is_succeeded:
+                self._service.stopping()
+            await worker.finish()
+            if self._is_succeeded and attending is not None:
+                # Cancel requests for its sessions go through this process.
+                await worker.until_told(attending)
+        finally:
+            self._pid_file.give_up()
+            for task in (attending, self._handing_over):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.wait([task])
+            await self._upgrading.close()
+            await worker.close()
+        self._sink(Noticed("info", "ended"))
+
+    async def _upgrade(self) -> None:
+        if self._is_succeeded or self._worker.is_draining:
+            self._sink(Noticed("warning", "not upgraded: this process is on its way out"))
+            return
+        try:
+            pid, link = await start_successor(self._words, self._service.environment)
+        except UpgradeError as error:
+            self._failed(error)
+            return
+        if self._worker.is_draining:
+            abandon(pid, link)
+            return
+        self._worker.pause()
+        self._pid_file.give_up()
+        try:
+            await link.send(
+                TakeListening(self._worker.generation + 1, self._worker.removes_files),
+                [each.fileno() for each in self._worker.listening],
+            )
+            await expect(link, Serving)
+        except UpgradeError as error:
+            abandon(pid, link)
+            with contextlib.suppress(PidFileError):
+                self._pid_file.take()
+            self._worker.listen()
+            self._failed(error)
+            return
+        self._sink(Noticed("info", "succeeded by another process", (("pid", pid),)))
+        self._service.hand_to(pid)
+        self._is_succeeded = True
+        self._worker.be_succeeded()
+        self._handing_over = asyncio.get_running_loop().create_task(self._hand_over(link))
+
+    async def _hand_over(self, link: Link) -> None:
+        attending = asyncio.get_running_loop().create_task(self._relatives.attend(link))
+        try:
+            await hand_over_sessions(self._worker.gateway, link, self._sink)
+            await attending
+        finally:
+            attending.cancel()
+            await asyncio.wait([attending])
+
+    def _failed(self, error: UpgradeError) -> None:
+        self._sink(Noticed("error", "upgrade failed, this process goes on", (("reason", str(error)),)))
 
 
 def hear_signals(drain: TellWhy, end_now: TellWhy, reloading: OneAtATime, service: Service) -> None:
@@ -192,7 +287,7 @@ class Worker:
         self,
         settings: Settings,
         authenticator: Authenticator,
-        listening: Sequence[socket.socket],
+        listening: list[socket.socket],
         read: Read,
         sink: LogSink,
         place: Place = ALONE,
@@ -205,7 +300,9 @@ class Worker:
         self.reloads = Reloads(self.gateway, settings, fitted, listening, read, fitting, sink)
         self._listeners: list[Listener] = []
         self._sessions_begun = place.generation << SESSIONS_BITS
-        self._is_draining = asyncio.Event()
+        self._is_draining = False
+        self._leaving = asyncio.Event()
+        self._told = asyncio.Event()
         self._ended = asyncio.Event()
 
     async def start(self) -> None:
@@ -222,22 +319,58 @@ class Worker:
             Listener(each, self._accepted, self._starved, removes_file=removes) for each in self.listening
         ]
 
+    @property
+    def generation(self) -> int:
+        return self._place.generation
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    @property
+    def removes_files(self) -> bool:
+        return self._place.removes_files
+
+    def succeed(self, generation: int, removes_files: bool, listening: Sequence[socket.socket]) -> None:
+        """Takes these sockets over from a process that is to be succeeded."""
+        self._place = dataclasses.replace(self._place, generation=generation, removes_files=removes_files)
+        self._sessions_begun = generation << SESSIONS_BITS
+        self.listening += listening
+
+    def pause(self) -> None:
+        """Accepts nobody for now; who comes waits."""
+        for listener in self._listeners:
+            listener.stop()
+
+    def be_succeeded(self) -> None:
+        """Another process accepts on the same sockets: the sessions that are left here go on until they end."""
+        for each in self.listening:
+            each.close()
+        self.listening.clear()
+        self._listeners = []
+        self._leaving.set()
+
     async def serve(self) -> None:
         """Returns once nobody new is accepted any more; a successor may stand in its place from then on."""
-        await self._is_draining.wait()
+        await self._leaving.wait()
         for listener in self._listeners:
             listener.close()
+        self.listening.clear()
 
     def drain(self, fact: tuple[str, object]) -> None:
         """Has it end once its sessions have; `fact` says why."""
-        if not self._is_draining.is_set():
+        if not self._is_draining:
+            self._is_draining = True
             self._sink(Noticed("info", "shutting down", (fact, ("sessions", len(self.gateway.sessions)))))
-            self._is_draining.set()
+            self._leaving.set()
+            self._told.set()
 
     def end_now(self, fact: tuple[str, object]) -> None:
         """Ends it without waiting for sessions."""
         self._sink(Noticed("warning", "ending at once", (fact,)))
-        self._is_draining.set()
+        self._is_draining = True
+        self._leaving.set()
+        self._told.set()
         self._ended.set()
 
     def _accepted(self, connection: socket.socket, peer: Any) -> None:
@@ -264,7 +397,15 @@ class Worker:
         self._sink(Noticed("error", "accepting pauses", (("reason", error.strerror),)))
 
     async def finish(self) -> None:
-        """Lets sessions go on until they end, the time is up, or it is to end at once."""
+        """Lets sessions go on until they end, the time is up, or it is to end at once.
+
+        For one that was succeeded the time begins only when it is told to drain.
+        """
+        if not self._is_draining:
+            self.gateway.idle = self._told.set
+            while self.gateway.sessions and not self._is_draining:
+                self._told.clear()
+                await self._told.wait()
         for session in list(self.gateway.sessions):
             session.refuse_login(shutting_down())
         self.gateway.idle = self._ended.set
@@ -277,6 +418,13 @@ class Worker:
             await self._wait_for_end(min(1.0, self.reloads.settings.close_timeout))
         await self.reloads.close()
         self.gateway.targets.warm.close()
+
+    async def until_told(self, task: "asyncio.Task[None]") -> None:
+        """Waits for a task, but no longer than until this worker is told to drain."""
+        told = asyncio.get_running_loop().create_task(self._told.wait())
+        self._told.clear()
+        await asyncio.wait([task, told], return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
 
     async def close(self) -> None:
         """Gives back what is left."""

@@ -239,7 +239,8 @@ class Settings(_Settings, frozen=True):
     buffer_size: Annotated[int, Meta(ge=1024, le=1 << 24)] = 65_536
     """Bytes that a session may hold in each direction before the sender is paused."""
     pid_file: str = ""
-    """A file that holds the process's number while it runs; `pgauthproxy reload` finds it by that."""
+    """A file that holds the process's number while it runs; `pgauthproxy reload` and `upgrade` find it by
+    that."""
     backlog: Count = 1_024
     """Connections that may wait to be accepted, for each listener."""
     max_startup_packet: Annotated[int, Meta(ge=8)] = 10_000

@@ -64,6 +64,10 @@ class CancelKeys:
         session.cancel_key = process_id.to_bytes(PROCESS_ID_BYTES) + secrets.token_bytes(size)
         return session.cancel_key
 
+    def take_up(self, session: Cancellable) -> None:
+        """A session that has its key from another process."""
+        self._sessions[int.from_bytes(session.cancel_key[:PROCESS_ID_BYTES])] = session
+
     def forget(self, key: bytes) -> None:
         self._sessions.pop(int.from_bytes(key[:PROCESS_ID_BYTES]), None)
 

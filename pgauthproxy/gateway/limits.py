@@ -49,6 +49,10 @@ class Limits:
             raise too_many(f"{self.clients} clients (max_clients)")
         self.clients += 1
 
+    def take_up_client(self) -> None:
+        """A client that another process has let in has its place, even if there are more than there may be."""
+        self.clients += 1
+
     def end_login(self, number: int) -> None:
         self._silent.pop(number, None)
         self.logins -= 1

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from pgauthproxy import _relay
 from pgauthproxy.errors import (
     ADMIN_SHUTDOWN,
@@ -25,6 +27,7 @@ from pgauthproxy.gateway import cancel
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
+from pgauthproxy.gateway.leg import Leg
 from pgauthproxy.gateway.limits import Limits
 from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
@@ -51,9 +54,16 @@ class Gateway:
     sessions: "set[Session]" = field(default_factory=set)
     draining: bool = False
     ask_elsewhere: Callable[[bytes], Awaitable[tuple[str, str]]] | None = None
-    """Passes a cancel request on to the worker that the key names; returns the session's id and the outcome."""
+    """Passes a cancel request on to a process that may have the key; returns the session's id and the outcome."""
     idle: Callable[[], None] | None = None
     """Called whenever the last session is over."""
+
+    async def cancel(self, key: bytes) -> tuple[str, str]:
+        """Passes a cancel request on, if the key is one of ours; returns the session's id and the outcome."""
+        session = self.keys.find(key)
+        if session is None:
+            return "", cancel.NOBODYS
+        return session.id, await cancel.forward(session, self.cancel_timeout, self.targets)
 
 
 NOWHERE: Final = Address("", 0)
@@ -62,6 +72,19 @@ NOWHERE: Final = Address("", 0)
 def shutting_down() -> GatewayFault:
     """57P03, for whoever is not in yet."""
     return GatewayFault(CANNOT_CONNECT_NOW, "the gateway is shutting down")
+
+
+class HandedOver(msgspec.Struct, frozen=True):
+    """A session on its way to another process. `client` and `target`: bytes received, and the last of them."""
+
+    number: int
+    began: float
+    seconds_left: float | None
+    cancel_key: bytes
+    target_key: bytes
+    reached: Address
+    client: tuple[int, bytes]
+    target: tuple[int, bytes]
 
 
 class Session:
@@ -89,9 +112,13 @@ class Session:
         "target_key",
     )
 
-    def __init__(self, gateway: Gateway, number: int) -> None:
-        """`number` is unique in the gateway's life. Raises GatewayFault if there is no place for another login."""
-        gateway.limits.begin_login(number, self.refuse_login)
+    def __init__(self, gateway: Gateway, number: int, *, is_taken_up: bool = False) -> None:
+        """`number` is unique in the gateway's life. Raises GatewayFault if there is no place for another login.
+
+        `is_taken_up`: another process has let it in.
+        """
+        if not is_taken_up:
+            gateway.limits.begin_login(number, self.refuse_login)
         gateway.sessions.add(self)
         self._gateway = gateway
         self._number = number
@@ -198,13 +225,9 @@ class Session:
     async def _cancel(self, client: ClientLeg, request: CancelRequest, accepted: Accepted) -> None:
         """A cancel request is a connection of its own: it is answered by being closed."""
         gateway = self._gateway
-        session = gateway.keys.find(request.key)
-        found, outcome = "", cancel.NOBODYS
         try:
-            if session is not None:
-                found = session.id
-                outcome = await cancel.forward(session, gateway.cancel_timeout, gateway.targets)
-            elif gateway.ask_elsewhere is not None and gateway.keys.may_be_elsewhere(request.key):
+            found, outcome = await gateway.cancel(request.key)
+            if not found and gateway.ask_elsewhere is not None:
                 found, outcome = await gateway.ask_elsewhere(request.key)
         finally:
             client.close()
@@ -227,12 +250,77 @@ class Session:
         self._client_end.start(client_rest, client_at_eof)
         seconds = attached.granted.mapping.session_seconds
         if seconds is not None:
-            self._timer = asyncio.get_running_loop().call_later(
-                seconds, self.end, CloseReason.TIME_LIMIT, b"terminating connection: its time limit is reached"
-            )
+            self._limit_time(seconds)
         # What belongs to the login alone is not kept for the session's life.
         self._client = None
         self._started = None
+
+    def hand_over(self) -> "tuple[HandedOver, _relay.End, _relay.End] | None":
+        """Ends the session here, so that another process may go on with it: what that must know, and the two ends.
+
+        Their connections are to be dropped here once the other process has them. None, and nothing has happened, for a
+        session that cannot be handed over: one that speaks TLS, or that has bytes which are on their way.
+        """
+        client, target = self._client_end, self._target_end
+        if client is None or target is None or self._reason is not None or self.cancelling:
+            return None
+        if not (client.is_at_rest and target.is_at_rest):
+            return None
+        client.leave()
+        target.leave()
+        handed = HandedOver(
+            number=self._number,
+            began=self._began,
+            seconds_left=self._timer.when() - asyncio.get_running_loop().time() if self._timer is not None else None,
+            cancel_key=self.cancel_key,
+            target_key=self.target_key,
+            reached=self.reached,
+            client=(client.received, client.tail),
+            target=(target.received, target.tail),
+        )
+        self._reason = CloseReason.HANDED_OVER
+        self._gateway.keys.forget(self.cancel_key)
+        self._client_end = self._target_end = None
+        self._over()
+        return handed, client, target
+
+    @classmethod
+    async def take_up(
+        cls, gateway: Gateway, handed: "HandedOver", client: socket.socket, target: socket.socket
+    ) -> None:
+        """Goes on with a session of another process."""
+        self = cls(gateway, handed.number, is_taken_up=True)
+        gateway.limits.take_up_client()
+        self._is_client = True
+        self._began = handed.began
+        self.cancel_key, self.target_key, self.reached = handed.cancel_key, handed.target_key, handed.reached
+        gateway.keys.take_up(self)
+        buffer = gateway.targets.buffer
+        legs = Leg(client, buffer), Leg(target, buffer)
+        try:
+            client_transport, target_transport = await legs[0].open(), await legs[1].open()
+        except OSError:
+            # One of them is gone by now.
+            for leg in legs:
+                leg.abort()
+            self._close(CloseReason.CLIENT_LOST)
+            self._over()
+            return
+        self._client_end = _relay.End(self, client_transport, legs[0].fd, False, buffer)
+        self._target_end = _relay.End(self, target_transport, legs[1].fd, True, buffer)
+        self._client_end.take_up(*handed.client)
+        self._target_end.take_up(*handed.target)
+        (_, client_rest, client_at_eof), (_, target_rest, target_at_eof) = (leg.hand_over() for leg in legs)
+        _relay.join(self._client_end, self._target_end)
+        self._target_end.start(target_rest, target_at_eof)
+        self._client_end.start(client_rest, client_at_eof)
+        if handed.seconds_left is not None:
+            self._limit_time(handed.seconds_left)
+
+    def _limit_time(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(
+            seconds, self.end, CloseReason.TIME_LIMIT, b"terminating connection: its time limit is reached"
+        )
 
     def target_finished(self) -> None:
         """The target has said its last word: an `End` reports it."""

@@ -231,12 +231,16 @@ class Listener:
         self._resume = None
         self._loop.add_reader(self._listening, self._accept)
 
-    def close(self) -> None:
-        """Stops accepting. A Unix socket's file is removed, if that is to be done here."""
+    def stop(self) -> None:
+        """Stops accepting; the socket stays open, for whoever has it too."""
         if self._resume is not None:
             self._resume.cancel()
         else:
             self._loop.remove_reader(self._listening)
+
+    def close(self) -> None:
+        """Ends it. A Unix socket's file is removed, if that is to be done here."""
+        self.stop()
         self._listening.close()
         if self._path:
             remove_file(self._path)

@@ -21,7 +21,7 @@ LAYOUT = [
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel gateway.session",
     "ops.log",
     "config.schema config.load config.reference",
-    "control build reload worker supervised supervisor trial",
+    "program control upgrade build reload worker supervised supervisor trial",
     "throwaway demo",
     "terminal users_command",
     "cli __main__",

@@ -348,6 +348,20 @@ def test_a_successor_takes_the_file_over_while_sessions_go_on(
     assert pid_file.read_text() == f"{successor.pid}\n"
 
 
+def test_a_reload_while_it_drains_does_no_harm(gateway: Gateway) -> None:
+    gateway.rewrite(drain_timeout=600)
+    reload(gateway)
+    with RawClient(gateway.port) as client:
+        client.log_in()
+        gateway.process.send_signal(signal.SIGTERM)
+        gateway.wait_for("shutting down")
+        gateway.rewrite(drain_timeout=500)
+        assert reload(gateway)["changed"] == "drain_timeout"
+        client.assert_served()
+        client.send(message(b"X"))
+    assert gateway.process.wait(20) == 0
+
+
 # Draining for ever
 
 
