@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 
 debug = os.environ.get("PGAUTHPROXY_DEBUG") == "1"
 annotate = os.environ.get("PGAUTHPROXY_ANNOTATE") == "1"
-modules = ("_wire", "_digest", "_tls", "_relay", "_spawn")
+modules = ("_wire", "_digest", "_tls", "_observe", "_relay", "_spawn", "_ledger")
 
 setup(
     ext_modules=cythonize(

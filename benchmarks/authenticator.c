@@ -1,7 +1,8 @@
-/* The cheapest authenticator that keeps the contract: it accepts everyone as `postgres` of one target.
+/* The cheapest authenticator that keeps the contract: it accepts everyone, as themselves, at one target.
  *
  * It verifies nothing, on purpose: the benchmark is about the gateway. It is linked statically, since the dynamic
- * loader would be most of its run. TARGET_HOST and TARGET_CRED are string literals given at compile time.
+ * loader would be most of its run. With an argument it is a worker: it answers one question after the other. TARGET_HOST,
+ * TARGET_CRED and VERIFIER (what clients prove themselves by in SCRAM) are string literals given at compile time.
  */
 #include <string.h>
 #include <unistd.h>
@@ -26,20 +27,47 @@ static const char *find_line(const char *key, size_t *length) {
     return NULL;
 }
 
-int main(void) {
-    static const char mapping[] =
-        "_META_TARGET_HOST=" TARGET_HOST "\n_META_TARGET_CRED=" TARGET_CRED "\nuser=postgres\n";
-    size_t have = 0, used, database_length = 0;
+/* The next question's lines, with a NUL behind them; 0 when there is none. */
+static int read_question(int as_worker) {
+    size_t have = 0;
     ssize_t got;
-
-    while (have < sizeof question - 1 && (got = read(0, question + have, sizeof question - 1 - have)) > 0)
+    while (have < sizeof question - 1 && (got = read(0, question + have, sizeof question - 1 - have)) > 0) {
         have += (size_t)got;
-
-    used = append(0, mapping, sizeof mapping - 1);
-    const char *database = find_line("database=", &database_length);
-    if (database) {
-        used = append(used, database, database_length);
-        used = append(used, "\n", 1);
+        if (as_worker && have >= 2 && memcmp(question + have - 2, "\n\n", 2) == 0)
+            break;
     }
-    return write(1, answer, used) == (ssize_t)used ? 0 : 1;
+    question[have] = 0;
+    return have > 0;
+}
+
+static size_t answer_question(void) {
+    static const char mapping[] = "_META_TARGET_HOST=" TARGET_HOST "\n_META_TARGET_CRED=" TARGET_CRED "\n";
+    static const char verifier[] = "_META_SOURCE_VERIFIER=" VERIFIER "\n";
+    static const char *const passed_on[] = {"user=", "database="};
+    size_t length, used = append(0, mapping, sizeof mapping - 1);
+    if (find_line("_SOURCE_METHOD=scram-sha-256", &length))
+        used = append(used, verifier, sizeof verifier - 1);
+    for (int i = 0; i < 2; i++) {
+        const char *line = find_line(passed_on[i], &length);
+        if (line) {
+            used = append(used, line, length);
+            used = append(used, "\n", 1);
+        }
+    }
+    return used;
+}
+
+int main(int count, char **words) {
+    (void)words;
+    if (count < 2) {
+        read_question(0);
+        size_t used = answer_question();
+        return write(1, answer, used) == (ssize_t)used ? 0 : 1;
+    }
+    while (read_question(1)) {
+        size_t used = append(answer_question(), "\n", 1);
+        if (write(1, answer, used) != (ssize_t)used)
+            return 1;
+    }
+    return 0;
 }

@@ -45,8 +45,8 @@ def draw(report: Report, file: Path) -> None:
 
 
 def _draw_figure(panel: Any, report: Report, figure: Figure) -> None:
-    medians = {peer: report.median(figure.key, peer) for peer in report.peers}
-    shown = {peer: median for peer, median in medians.items() if median is not None}
+    medians = ((peer, report.median(figure.key, peer)) for peer in report.peers_of([figure]))
+    shown = {peer: median for peer, median in medians if median is not None}
     bars = panel.barh(list(shown), list(shown.values()), color=[_colour(report, peer) for peer in shown])
     panel.bar_label(bars, labels=[f"{median:,.{figure.digits}f}" for median in shown.values()], fontsize=7, padding=2)
     panel.set_title(f"{figure.title} ({figure.unit})", fontsize=8)
@@ -57,7 +57,7 @@ def _draw_figure(panel: Any, report: Report, figure: Figure) -> None:
 
 
 def _colour(report: Report, peer: str) -> str:
-    others = [name for name in report.peers if name not in COLOURS]
+    others = [name for name in report.peers_of(report.measured_figures()) if name not in COLOURS]
     return COLOURS.get(peer) or COLOURS_OF_OTHERS[others.index(peer) % len(COLOURS_OF_OTHERS)]
 
 

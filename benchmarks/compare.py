@@ -254,13 +254,14 @@ def measure_everything(
 def take_all(report: Report, bench: Bench, measurements: Sequence[Measurement], chosen: dict[str, Recipe]) -> None:
     for repeat in range(report.circumstances.repeats):
         for measurement in measurements:
-            for name in _rotated(list(chosen), repeat):
+            peers = measurement.own_peers(chosen.__contains__) if measurement.own_peers else chosen
+            for name in _rotated(list(peers), repeat):
                 if measurement.applies_to(name):
-                    take(report, bench, measurement, name, measurement.recipe or chosen[name], repeat)
+                    take(report, bench, measurement, name, measurement.recipe or peers[name], repeat)
 
 
 def _rotated(names: list[str], by: int) -> list[str]:
-    by %= len(names)
+    by %= max(1, len(names))
     return names[by:] + names[:by]
 
 
@@ -270,7 +271,7 @@ def take(report: Report, bench: Bench, measurement: Measurement, name: str, reci
     try:
         bench.wait_for_quiet()
         with recipe(bench) as peer:
-            if measurement.over_tls:
+            if measurement.over_tls and measurement.own_peers is None:
                 report.tls[name] = tls_in_use(bench, peer)
             readings = list(measurement.take(bench, peer))
     except MeasurementFailed as error:

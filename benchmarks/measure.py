@@ -22,7 +22,20 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from peers import DATABASE, HERE, PASSWORD, USER, Bench, Peer, Recipe, latenesses_file, stalled_gateway
+from kinds import four_workers, kind_peers, tls_target_peers
+from peers import (
+    DATABASE,
+    HERE,
+    LOGIN_ROLES,
+    PASSWORD,
+    Bench,
+    Peer,
+    Recipe,
+    auditing_gateway,
+    latenesses_file,
+    ruled_gateway,
+    stalled_gateway,
+)
 from processes import (
     END_SECONDS,
     MeasurementFailed,
@@ -44,9 +57,19 @@ IDLE_SESSIONS = 1_000
 IDLE_CPU_SESSIONS = 2_000
 IDLE_CPU_SECONDS = 5.0
 STALL_LOGINS = 200
+BURST_LOGINS = 1_000
 STALL_PERCENTILE = 0.999
 
 LOGIN_SECONDS_AT_MOST = 120.0
+
+
+class LoginTimes(NamedTuple):
+    """How many logins, in how many seconds, and how long one took: half of them, and 99 of 100, at most."""
+
+    done: int
+    seconds: float
+    median_ms: float
+    late_ms: float
 
 
 class Reading(NamedTuple):
@@ -90,6 +113,8 @@ class Measurement:
     recipe: Recipe | None = None
     """How to start the peer, where the ordinary way does not serve."""
     over_tls: bool = False
+    own_peers: Callable[[Callable[[str], bool]], dict[str, Recipe]] | None = None
+    """Gives its peers where they are not those of the others, those of them only that are wanted."""
 
 
 def prepare(bench: Bench) -> None:
@@ -106,6 +131,8 @@ def prepare(bench: Bench) -> None:
     bench.query("vacuum analyze")
     bench.query(f"\\copy copy_out to '{copy_file(bench)}'", timeout=300)
     trivial_script(bench).write_text("select 1;\n")
+    for method, role in LOGIN_ROLES.items():
+        bench.query(f"set password_encryption = '{method}'; create role {role} login password '{PASSWORD}'")
 
 
 def copy_file(bench: Bench) -> Path:
@@ -124,6 +151,11 @@ def transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]
     return _pgbench(bench, peer, clients, ["-S", "-M", "prepared"], f"tps_{clients}", f"cpu_transaction_{clients}")
 
 
+def simple_transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
+    """The same by the simple protocol: the SQL of each goes over the wire."""
+    return _pgbench(bench, peer, clients, ["-S"], f"simple_tps_{clients}", f"simple_cpu_{clients}")
+
+
 def _pgbench(
     bench: Bench, peer: Peer, clients: int, words: list[str], rate_figure: str, cpu_figure: str
 ) -> Iterator[Reading]:
@@ -133,6 +165,7 @@ def _pgbench(
         peer.port,
         *(*words, "-n", "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(bench.seconds)),
         timeout=bench.seconds + 90,
+        settings=peer.client_settings,
     )
     used = _cpu_of(peer) - before
     yield Reading(rate_figure, _number(r"^tps = ([0-9.]+)", output))
@@ -180,17 +213,32 @@ def logins(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
     """Logging in and leaving, one login after the other."""
     warm_up(bench, peer)
     before = _cpu_of(peer)
-    done, took = log_in(bench, peer, clients=clients, seconds=bench.seconds)
+    seen = log_in(bench, peer, clients=clients, seconds=bench.seconds)
     used = _cpu_of(peer) - before
-    yield Reading(f"logins_{clients}", done / took)
+    yield Reading(f"logins_{clients}", seen.done / seen.seconds)
+    yield Reading(f"login_p50_{clients}", seen.median_ms)
+    yield Reading(f"login_p99_{clients}", seen.late_ms)
     if peer.process is not None:
-        yield Reading(f"cpu_login_{clients}", used / done * 1e6)
+        yield Reading(f"cpu_login_{clients}", used / seen.done * 1e6)
+
+
+def logins_of_kind(bench: Bench, peer: Peer, *, method: str) -> Iterator[Reading]:
+    """The same with one client and with eight."""
+    for clients in (1, 8):
+        for one in logins(bench, peer, clients=clients):
+            yield Reading(f"{method}_{one.figure}", one.value)
 
 
 def logins_by_pgbench(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
     """Logging in, one trivial query and leaving, by libpq, one after the other."""
     warm_up(bench, peer)
     yield from _pgbench(bench, peer, clients, _login_words(bench), f"logins_{clients}", f"cpu_login_{clients}")
+
+
+def logins_to_tls_target(bench: Bench, peer: Peer) -> Iterator[Reading]:
+    """The same, where it is the gateway that speaks TLS, and the client none; direct logins are over TLS themselves."""
+    for one in logins_by_pgbench(bench, peer, clients=1):
+        yield Reading(f"target_{one.figure}", one.value)
 
 
 def _login_words(bench: Bench) -> list[str]:
@@ -203,15 +251,14 @@ def warm_up(bench: Bench, peer: Peer) -> None:
     if bench.tls is None:
         log_in(bench, peer, most=WARMING_LOGINS, clients=8)
     else:
-        of_each = str(WARMING_LOGINS // 8)
-        bench.client("pgbench", peer.port, *_login_words(bench), "-n", "-c", "8", "-t", of_each, timeout=60)
+        words = (*_login_words(bench), "-n", "-c", "8", "-t", str(WARMING_LOGINS // 8))
+        bench.client("pgbench", peer.port, *words, timeout=60, settings=peer.client_settings)
     bench.wait_for_quiet()
 
 
 def log_in(
     bench: Bench, peer: Peer, *, clients: int, seconds: float = LOGIN_SECONDS_AT_MOST, most: int = 10_000_000
-) -> tuple[int, float]:
-    """How many logins were done, and in how many seconds."""
+) -> LoginTimes:
     try:
         output = subprocess.run(
             [*_login_load(bench, peer, "logins"), str(clients), str(seconds), str(most)],
@@ -225,10 +272,10 @@ def log_in(
         raise MeasurementFailed("login_load did not end") from error
     except subprocess.CalledProcessError as error:
         raise MeasurementFailed(f"{error.stderr.strip()} after {error.stdout.strip()} (done, seconds)") from error
-    done, took = output.split()
+    done, *times = output.split()
     if int(done) == 0:
         raise MeasurementFailed("no login was done")
-    return int(done), float(took)
+    return LoginTimes(int(done), *map(float, times))
 
 
 def _login_load(bench: Bench, peer: Peer, mode: str) -> list[str]:
@@ -236,7 +283,7 @@ def _login_load(bench: Bench, peer: Peer, mode: str) -> list[str]:
 
 
 def _login(peer: Peer) -> list[str]:
-    return [str(peer.port), USER, DATABASE, PASSWORD, "1" if peer.needs_touch else "0"]
+    return [str(peer.port), peer.user, DATABASE, PASSWORD, "1" if peer.needs_touch else "0"]
 
 
 # --- Idle sessions ------------------------------------------------------------------------------------------
@@ -356,6 +403,23 @@ def stall(bench: Bench, peer: Peer) -> Iterator[Reading]:
     yield Reading("stall_percentile_quiet", percentile(still, STALL_PERCENTILE) * 1e3)
 
 
+def burst(bench: Bench, peer: Peer) -> Iterator[Reading]:
+    """A thousand clients who log in at once, and how late a timer in the gateway's loop fires meanwhile."""
+    assert peer.process is not None, "the recipe starts a gateway"
+    warm_up(bench, peer)
+    begun = time.monotonic()
+    seen = log_in(bench, peer, most=BURST_LOGINS, clients=BURST_LOGINS)
+    done = time.monotonic()
+    bench.wait_for_quiet()
+    end(peer.process)
+    if seen.done != BURST_LOGINS:
+        raise MeasurementFailed(f"{seen.done} of {BURST_LOGINS} were let in")
+    busy = sorted(late for due, late in read_latenesses(latenesses_file(bench)) if begun <= due < done)
+    yield Reading("burst_seconds", seen.seconds)
+    yield Reading("burst_stall_percentile", percentile(busy, STALL_PERCENTILE) * 1e3)
+    yield Reading("burst_stall_longest", busy[-1] * 1e3)
+
+
 def read_latenesses(file: Path) -> list[tuple[float, float]]:
     """When each tick was due and how late it came, in seconds; what stalled_gateway.py wrote."""
     if not file.exists():
@@ -367,6 +431,20 @@ def read_latenesses(file: Path) -> list[tuple[float, float]]:
 def percentile(ordered: list[float], share: float) -> float:
     """The smallest value that at least this share of the values does not exceed."""
     return ordered[math.ceil(share * len(ordered)) - 1]
+
+
+# --- Rules and audited statements -------------------------------------------------------------------------
+
+
+def with_more(name: str, take: Take, recipe: Recipe) -> Measurement:
+    """The same measurement of our gateway with more to do, with figures of its own."""
+    what = name.partition("-")[0]
+
+    def taken(bench: Bench, peer: Peer) -> Iterator[Reading]:
+        for one in take(bench, peer):
+            yield Reading(f"{what}_{one.figure}", one.value)
+
+    return Measurement(name, taken, our_gateway, recipe)
 
 
 # --- Over TLS -----------------------------------------------------------------------------------------------
@@ -387,20 +465,34 @@ def over_tls(name: str, take: Take, applies_to: Callable[[str], bool] = every_tl
     return Measurement(f"tls-{name}", taken, applies_to, over_tls=True)
 
 
+def of_kinds(method: str) -> Measurement:
+    """Logins with each kind of authenticator."""
+    return Measurement(f"kinds-{method}", partial(logins_of_kind, method=method), own_peers=partial(kind_peers, method))
+
+
 MEASUREMENTS = (
     Measurement("pgbench-1", partial(transactions, clients=1)),
     Measurement("pgbench-16", partial(transactions, clients=16)),
+    with_more("rules-pgbench-16", partial(transactions, clients=16), ruled_gateway),
+    with_more("rules-copy-out", copy_out, ruled_gateway),
+    with_more("statements-pgbench-16", partial(transactions, clients=16), auditing_gateway),
+    with_more("statements-simple-16", partial(simple_transactions, clients=16), auditing_gateway),
+    Measurement("simple-16", partial(simple_transactions, clients=16), our_gateway),
     Measurement("copy-out", copy_out),
     Measurement("copy-in", copy_in),
     Measurement("logins-1", partial(logins, clients=1)),
     Measurement("logins-8", partial(logins, clients=8)),
+    of_kinds("md5"),
+    of_kinds("scram-sha-256"),
     Measurement("idle", idle, every_proxy),
     Measurement("row", large_row, every_proxy),
     Measurement("stall", stall, our_gateway, stalled_gateway),
+    Measurement("burst", burst, our_gateway, four_workers),
     over_tls("pgbench-1", partial(transactions, clients=1)),
     over_tls("pgbench-16", partial(transactions, clients=16)),
     over_tls("copy-out", copy_out),
     over_tls("copy-in", copy_in),
     over_tls("logins-1", partial(logins_by_pgbench, clients=1)),
     over_tls("idle", idle_memory, every_tls_proxy),
+    Measurement("kinds-tls-target", logins_to_tls_target, over_tls=True, own_peers=tls_target_peers),
 )

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,12 @@ from tls import TlsFiles
 HERE = Path(__file__).resolve().parent
 USER = DATABASE = "postgres"
 PASSWORD = "benchmark"
+LOGIN_ROLES = {"md5": "by_md5", "scram-sha-256": "by_scram"}
+"""Roles that PostgreSQL asks for the password by this method; it trusts everybody else."""
+SCRAM_VERIFIER = (
+    "SCRAM-SHA-256$4096:QyqE9UJ+OERxY+C79nFodg==$P/zezFA3+vIVHTtSs84+lDQQe+"
+    "pWwyI79gdQnbHEFio=:A5urqgfkDXSG9loxhBPMnYExIMK23leuSUZSrd6wjpM="
+)
 MAX_SESSIONS = 4_000
 DEBIAN_POSTGRES = Path("/usr/lib/postgresql")
 
@@ -76,11 +82,19 @@ class Bench:
     def authenticator(self) -> Path:
         return self.folder / "authenticator"
 
-    def client(self, program: str, port: int, *words: str, timeout: float, discard_output: bool = False) -> str:
-        """Runs one of PostgreSQL's own clients against a port."""
+    def client(
+        self,
+        program: str,
+        port: int,
+        *words: str,
+        timeout: float,
+        discard_output: bool = False,
+        settings: Mapping[str, str] | None = None,
+    ) -> str:
+        """Runs one of PostgreSQL's own clients against a port; `settings` are libpq's, where not the usual ones."""
         return run(
             [str(self.postgres_bin / program), *words],
-            env=self.client_environment(port),
+            env=self.client_environment(port) | dict(settings or {}),
             timeout=timeout,
             discard_output=discard_output,
         )
@@ -122,12 +136,22 @@ class Peer:
     """None for PostgreSQL itself, whose own cost is nobody's figure."""
     needs_touch: bool = False
     """Whether it logs in to PostgreSQL only when the client's first query comes."""
+    user: str = USER
+    """Whom its clients log in as."""
+    never_tls: bool = False
+    """Whether its clients speak no TLS with it, whatever the bench has."""
 
     @property
     def pid(self) -> int:
         if self.process is None:
             raise MeasurementFailed(f"{self.name} is no proxy: it has no process to look at")
         return self.process.pid
+
+    @property
+    def client_settings(self) -> dict[str, str]:
+        """libpq's settings that are this peer's own."""
+        settings = {"PGUSER": self.user}
+        return settings | {"PGSSLMODE": "disable"} if self.never_tls else settings
 
 
 Recipe = Callable[[Bench], AbstractContextManager[Peer]]
@@ -164,7 +188,7 @@ def has_programs(postgres_bin: Path) -> bool:
 
 @contextlib.contextmanager
 def postgres(folder: Path, postgres_bin: Path, seconds: int, tls: TlsFiles | None) -> Iterator[Bench]:
-    """A new cluster that trusts everyone on the loopback address, running."""
+    """A new cluster that trusts everyone on the loopback address but LOGIN_ROLES, running."""
     user = unprivileged_user()
     home = folder / "postgres"
     home.mkdir()
@@ -180,6 +204,9 @@ def postgres(folder: Path, postgres_bin: Path, seconds: int, tls: TlsFiles | Non
         user=user,
         cwd=home,
     )
+    rules = data / "pg_hba.conf"
+    asked = "".join(f"host all {role} {LOOPBACK}/32 {method}\n" for method, role in LOGIN_ROLES.items())
+    rules.write_text(asked + rules.read_text())
     port = free_port()
     tls_settings = (f"ssl_cert_file={tls.certificate}", f"ssl_key_file={tls.key}", "ssl=on") if tls else ()
     settings = [word for setting in (*POSTGRES_SETTINGS, *tls_settings) for word in ("-c", setting)]
@@ -215,6 +242,7 @@ def compile_programs(bench: Bench) -> None:
         bench.authenticator,
         f'-DTARGET_HOST="{LOOPBACK}:{bench.postgres_port}"',
         f'-DTARGET_CRED="{PASSWORD}"',
+        f'-DVERIFIER="{SCRAM_VERIFIER}"',
     )
 
 
@@ -319,13 +347,32 @@ def _tls_part(template: str, bench: Bench) -> str:
 
 
 @contextlib.contextmanager
-def gateway(bench: Bench, *, name: str, command: Sequence[str]) -> Iterator[Peer]:
-    """Any program that takes `--config FILE` with the gateway's YAML."""
+def gateway(bench: Bench, *, name: str, command: Sequence[str], more: str = "") -> Iterator[Peer]:
+    """Any program that takes `--config FILE` with the gateway's YAML; `more` of that is a template."""
+    template = GATEWAY_CONFIGURATION + _tls_part(GATEWAY_TLS, bench) + more
+    with configured_gateway(bench, name, command, template) as peer:
+        yield peer
+
+
+@contextlib.contextmanager
+def configured_gateway(
+    bench: Bench, name: str, command: Sequence[str], template: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Peer]:
+    """A gateway with a configuration made of a template, and with variables besides our own."""
     port = free_port()
     configuration = bench.folder / f"{name}.yaml"
-    text = GATEWAY_CONFIGURATION.format(host=LOOPBACK, port=port, authenticator=bench.authenticator, most=MAX_SESSIONS)
-    configuration.write_text(text + _tls_part(GATEWAY_TLS, bench))
-    with running([*command, "--config", str(configuration)], log_of(bench, name), env=package_environment()) as process:
+    configuration.write_text(
+        template.format(
+            host=LOOPBACK,
+            port=port,
+            authenticator=bench.authenticator,
+            folder=bench.folder,
+            target_port=bench.postgres_port,
+            most=MAX_SESSIONS,
+        )
+    )
+    variables = package_environment() | dict(environment or {})
+    with running([*command, "--config", str(configuration)], log_of(bench, name), env=variables) as process:
         wait_for_port(port, process, name)
         yield Peer(name, port, process)
 
@@ -345,6 +392,14 @@ def package_environment() -> dict[str, str]:
     return environment
 
 
+# Rules that nobody breaks.
+RULES = "idle_timeout: 3600\nidle_in_transaction_timeout: 3600\n"
+STATEMENTS = "audit: {{file: {folder}/audit.log, statements: true}}\n"
+
+ruled_gateway = partial(gateway, name="gateway", command=OUR_GATEWAY, more=RULES)
+auditing_gateway = partial(gateway, name="gateway", command=OUR_GATEWAY, more=STATEMENTS)
+
+
 def latenesses_file(bench: Bench) -> Path:
     return bench.folder / "latenesses"
 
@@ -353,9 +408,13 @@ def latenesses_file(bench: Bench) -> Path:
 def stalled_gateway(bench: Bench) -> Iterator[Peer]:
     """Our gateway, made big, with a clock in its event loop: it writes `latenesses_file` when it ends."""
     latenesses_file(bench).unlink(missing_ok=True)  # an earlier repeat's must not pass for this one's
-    runner = (*PYTHON, str(HERE / "stalled_gateway.py"), "--latenesses", str(latenesses_file(bench)))
-    with gateway(bench, name="gateway", command=runner) as peer:
+    with gateway(bench, name="gateway", command=clocked(bench)) as peer:
         yield peer
+
+
+def clocked(bench: Bench, *words: str) -> tuple[str, ...]:
+    """The command of our gateway with a clock in its event loop."""
+    return (*PYTHON, str(HERE / "stalled_gateway.py"), "--latenesses", str(latenesses_file(bench)), *words)
 
 
 def log_of(bench: Bench, name: str) -> Path:

@@ -6,6 +6,8 @@ bytes flow. What a compiled module does for speed alone (send(2) past the transp
 
 import asyncio
 import hashlib
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from pgauthproxy.errors import FrameError
@@ -226,3 +228,64 @@ def join(one: End, other: End) -> None:
     for end in (one, other):
         end.transport.set_protocol(end)
         end.transport.set_write_buffer_limits(0, 0)
+
+
+class Observer:
+    """`_observe.Observer`, which two ends tell what they read."""
+
+    def __init__(self, on_statement: Callable[[bool, bytes, int], object] | None = None, max_text: int = 0) -> None:
+        self._on_statement = on_statement
+        self._max_text = max_text
+        self._streams = {"client": bytearray(), "target": bytearray()}
+        self._lost: set[str] = set()
+        self._unanswered = 0
+        self._is_unfinished = False
+        self._synced_last = False
+        self._is_copying = False
+        self._since = time.monotonic()
+        self.in_transaction = False
+
+    @property
+    def idle_since(self) -> float | None:
+        return None if self._unanswered or self._is_unfinished or self._lost else self._since
+
+    def reads(self, side: str, data: bytes) -> None:
+        stream = self._streams[side]
+        stream += data
+        said = self._client_said if side == "client" else self._target_said
+        while len(stream) >= HEADER_BYTES and side not in self._lost:
+            length = int.from_bytes(stream[1:HEADER_BYTES])
+            if length < LENGTH_BYTES:
+                self._lost.add(side)
+                break
+            if side == "target" and stream[0] in b"GW":
+                self._is_copying = True
+            if len(stream) <= length:
+                break
+            said(stream[0], bytes(stream[HEADER_BYTES : length + 1]))
+            del stream[: length + 1]
+        if side == "client" and not self._unanswered and not self._is_unfinished:
+            self._since = time.monotonic()
+
+    def _client_said(self, kind: int, body: bytes) -> None:
+        if kind in b"QSF":
+            self._unanswered += 1
+            self._is_unfinished = False
+            self._synced_last = kind == ord("S")
+        elif kind in b"cf":
+            if self._is_copying and self._synced_last and self._unanswered:
+                self._unanswered -= 1
+                self._is_unfinished = True
+            self._is_copying = False
+        elif kind not in b"dX":
+            self._is_unfinished = True
+        if self._on_statement is not None and kind in b"QP":
+            text = (body if kind == ord("Q") else body.partition(b"\0")[2]).partition(b"\0")[0]
+            self._on_statement(kind == ord("P"), text[: self._max_text], len(text))
+
+    def _target_said(self, kind: int, body: bytes) -> None:
+        if kind == ord("Z"):
+            self._unanswered = max(0, self._unanswered - 1)
+            self._is_copying = False
+            self.in_transaction = body[-1:] != b"I" if body else self.in_transaction
+            self._since = time.monotonic()

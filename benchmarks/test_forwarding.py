@@ -20,15 +20,24 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import reference
 from pgauthproxy import _relay
+from pgauthproxy._observe import Observer
 
 T = TypeVar("T")
 SECONDS = 30
 BUFFER_BYTES = 65_536
-QUESTION, ANSWER = b"q" * 100, b"a" * 200
 EXCHANGES = 100
-CHUNK = bytes(range(256)) * 256
 CHUNKS = 256
 """16 MB in all."""
+
+
+def message(kind: bytes, size: int) -> bytes:
+    """A message of so many bytes."""
+    return kind + (size - 1).to_bytes(4) + bytes(number % 256 for number in range(size - 5))
+
+
+QUESTION = message(b"Q", 100)
+ANSWER = message(b"T", 80) + message(b"D", 100) + message(b"C", 14) + b"Z\0\0\0\x05I"
+CHUNK = message(b"d", 256) * 256
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -154,7 +163,7 @@ class Forwarded:
 
     async def connect(
         self,
-        relay: ModuleType,
+        relay: Any,
         pair: Callable[[], tuple[socket.socket, socket.socket]],
         client: type[Peer],
         target: type[Peer],
@@ -168,7 +177,7 @@ class Forwarded:
 
     async def _connect(
         self,
-        relay: ModuleType,
+        relay: Any,
         pair: Callable[[], tuple[socket.socket, socket.socket]],
         kind: type[Peer],
         faces_target: bool,
@@ -216,7 +225,7 @@ class Bench:
 
     def session(
         self,
-        relay: ModuleType,
+        relay: Any,
         client: type[Peer] = Peer,
         target: type[Peer] = Peer,
         pair: Callable[[], tuple[socket.socket, socket.socket]] = tcp_pair,
@@ -239,7 +248,35 @@ def bench() -> Iterator[Bench]:
     made.close()
 
 
+class ObservedRelay:
+    """Compiled ends that are followed, as in sessions with rules; with audited statements the client's alone."""
+
+    join = staticmethod(_relay.join)
+
+    def __init__(self, *, statements: bool) -> None:
+        self.statements = 0
+        self._audits = statements
+        self._observer: Observer
+
+    def End(
+        self, session: Any, transport: asyncio.Transport, fd: int, faces_target: bool, buffer: _relay.ForwardBuffer
+    ) -> _relay.End:
+        if not faces_target:
+            self._observer = Observer(self._count, 65_536) if self._audits else Observer()
+        elif self._audits:
+            return _relay.End(session, transport, fd, faces_target, buffer)
+        return _relay.ObservedEnd(session, transport, fd, faces_target, buffer, None, self._observer)
+
+    def _count(self, _is_prepared: bool, _text: bytes, _size: int) -> None:
+        self.statements += 1
+
+
 both = pytest.mark.parametrize("relay", [_relay, reference], ids=["compiled", "python"])
+each = pytest.mark.parametrize(
+    "relay",
+    [_relay, ObservedRelay(statements=False), ObservedRelay(statements=True), reference],
+    ids=["compiled", "with rules", "with statements", "python"],
+)
 over_either = pytest.mark.parametrize("pair", [tcp_pair, socket.socketpair], ids=["tcp", "unix"])
 
 
@@ -333,9 +370,20 @@ def test_both_know_a_message_boundary(bench: Bench, relay: ModuleType) -> None:
     assert bench.run(work()) == [True, False, False, True]
 
 
-@both
+def test_statements_are_found_where_they_are_audited(bench: Bench) -> None:
+    relay = ObservedRelay(statements=True)
+    session = bench.session(relay, Asking, Answering)
+
+    async def work() -> None:
+        await session.client.ask(EXCHANGES)
+
+    bench.run(work())
+    assert relay.statements == EXCHANGES
+
+
+@each
 @pytest.mark.benchmark(group="forwarding: 100 questions of 100 bytes, each with an answer of 200")
-def test_exchanging(benchmark: BenchmarkFixture, bench: Bench, relay: ModuleType) -> None:
+def test_exchanging(benchmark: BenchmarkFixture, bench: Bench, relay: Any) -> None:
     session = bench.session(relay, Asking, Answering)
 
     async def work() -> None:
@@ -346,9 +394,9 @@ def test_exchanging(benchmark: BenchmarkFixture, bench: Bench, relay: ModuleType
     assert session.target_end.received == 2 * session.client_end.received
 
 
-@both
+@each
 @pytest.mark.parametrize("way", ["to the client", "to the target"])
-def test_pouring(benchmark: BenchmarkFixture, bench: Bench, relay: ModuleType, way: str) -> None:
+def test_pouring(benchmark: BenchmarkFixture, bench: Bench, relay: Any, way: str) -> None:
     session = bench.session(relay)
     sender, reader = (session.target, session.client) if way == "to the client" else (session.client, session.target)
     benchmark.group = f"forwarding: 16 MB {way}"

@@ -34,6 +34,7 @@ if (
     sys.exit(1)
 
 role, password = ROLES[user]
+sys.stdout.reconfigure(errors="surrogateescape")
 print(f"_META_TARGET_HOST={os.environ.get('TARGET_HOST', '127.0.0.1:5432')}")
 print(f"_META_TARGET_PASSWORD={password}")
 print(f"user={role}")

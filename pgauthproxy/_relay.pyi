@@ -2,6 +2,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol, Self, final
 
+from typing_extensions import disjoint_base
+
+from pgauthproxy._observe import Observer
 from pgauthproxy._tls import Channel
 
 class _Session(Protocol):
@@ -17,7 +20,7 @@ class ForwardBuffer:
     def paused(self) -> set[End]: ...
     when_paused: Callable[[], object] | None
 
-@final
+@disjoint_base
 class End(asyncio.BufferedProtocol):
     def __init__(
         self,
@@ -60,5 +63,18 @@ class End(asyncio.BufferedProtocol):
     def get_buffer(self, size_hint: int) -> bytearray: ...
     def buffer_updated(self, count: int) -> None: ...
     def connection_lost(self, error: Exception | None) -> None: ...
+
+@final
+class ObservedEnd(End):
+    def __init__(
+        self,
+        session: _Session,
+        transport: asyncio.Transport,
+        fd: int,
+        faces_target: bool,
+        buffer: ForwardBuffer,
+        tls: Channel | None,
+        observer: Observer,
+    ) -> None: ...
 
 def join(one: End, other: End) -> None: ...

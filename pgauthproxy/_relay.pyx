@@ -20,6 +20,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, errno
 from libc.string cimport memcmp, memcpy, memmove
 
+from pgauthproxy._observe cimport Observer
 from pgauthproxy._tls cimport Channel
 
 from pgauthproxy.errors import TlsError
@@ -79,7 +80,6 @@ cdef class ForwardBuffer:
         self._plain_at = self._plain
 
 
-@cython.final
 @cython.no_gc
 cdef class End:
     """One side of a session: reads its own transport, writes the other's.
@@ -353,6 +353,39 @@ cdef class End:
         else:
             memmove(self._tail, self._tail + count, READY_BYTES - count)
             memcpy(self._tail + READY_BYTES - count, at, count)
+
+
+@cython.final
+@cython.no_gc
+cdef class ObservedEnd(End):
+    """An end whose messages are followed by an observer before they are passed on. Others pay nothing for it."""
+
+    cdef Observer _observer
+
+    def __init__(
+        self,
+        session,
+        transport,
+        int fd,
+        bint faces_target,
+        ForwardBuffer buffer not None,
+        Channel tls,
+        Observer observer not None,
+    ):
+        End.__init__(self, session, transport, fd, faces_target, buffer, tls)
+        self._observer = observer
+
+    @property
+    def at_message_boundary(self):
+        """Whether the last message that was read from here was whole."""
+        return self._observer.is_between(self.faces_target)
+
+    cdef int _forward(self, char *at, Py_ssize_t count) except -1:
+        if self.faces_target:
+            self._observer.from_target(at, count)
+        else:
+            self._observer.from_client(at, count)
+        return End._forward(self, at, count)
 
 
 def join(End one not None, End other not None):

@@ -2,6 +2,7 @@ cdef class Channel:
     cdef readonly object tls
     cdef readonly bint established
     cdef readonly bint finished
+    cdef readonly bint past_the_costly
     cdef object _incoming
     cdef object _outgoing
     cdef object _take

@@ -28,7 +28,8 @@ cdef class Channel:
     """One connection. States, in order: made, established, finished (the peer has said that it sends no more).
 
     `context` and the other arguments are those of ssl.SSLContext.wrap_bio; `tls` is the SSLObject, to be asked for
-    facts. Not to be used by two threads at once.
+    facts. `past_the_costly`: whether what is left of the handshake takes microseconds. Not to be used by two threads at
+    once.
     """
 
     def __init__(self, context, bint server_side, server_hostname=None, session=None):
@@ -49,7 +50,10 @@ cdef class Channel:
         try:
             self.tls.do_handshake()
         except ssl.SSLWantReadError:
-            return self._take()
+            output = self._take()
+            # A server that has answered has signed; only a client's certificate would be work again.
+            self.past_the_costly = bool(output) and self.tls.server_side and not self.tls.context.verify_mode
+            return output
         except (ssl.SSLError, ValueError) as error:
             raise TlsError(describe(error), self._take()) from None
         self.established = True

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from pgauthproxy import supervised, supervisor, trial, worker
 from pgauthproxy._digest import md5_password
+from pgauthproxy._ledger import SLOTS
 from pgauthproxy.auth.model import AuthenticatorConfigError
-from pgauthproxy.build import examine
+from pgauthproxy.build import build_audit, examine
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
 from pgauthproxy.cores import available_cores
 from pgauthproxy.events import Event, Noticed
 from pgauthproxy.net import listen
+from pgauthproxy.ops import privileges
 from pgauthproxy.ops.log import LogSink
+from pgauthproxy.ops.privileges import Identity, PrivilegesError
 from pgauthproxy.pid_file import PidFileError, running
 from pgauthproxy.proto import scram
 from pgauthproxy.service import Service
@@ -105,31 +109,56 @@ def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
     service = Service(os.environ)
     loaded = _load(flags)
     settings = loaded.settings
-    sink = LogSink(settings.log.format, settings.log.level)
-    authenticator, faults = examine(settings, sink)
+    log = LogSink(settings.log.format, settings.log.level)
+    identity = _identity(settings)
+    with privileges.acting_as(identity):
+        authenticator, faults = examine(settings, log)
     if authenticator is None or faults:
         fail(*faults)
     for warning in loaded.warnings:
-        sink(Noticed("warning", warning))
+        log(Noticed("warning", warning))
+    count = min(available_cores(), SLOTS) if settings.workers == "auto" else settings.workers
     try:
         listening = worker.open_listeners(settings, service.descriptors) if link is None else []
-    except listen.ListenError as error:
-        fail(str(error))
-    count = available_cores() if settings.workers == "auto" else settings.workers
-    try:
         # The first process of a container must collect orphans, which may be anybody's but a worker's own.
-        if link is not None or (count == 1 and os.getpid() != 1):
-            worker.serve(
-                settings, authenticator, listening, lambda: _read(flags).settings, sink, service, _own_words(), link
-            )
+        is_alone = link is not None or (count == 1 and os.getpid() != 1)
+        slots = [] if is_alone else supervisor.open_slots(settings, count, listening, service)
+        privileges.become(identity)
+        if settings.no_new_privs:
+            privileges.forbid_new()
+    except (listen.ListenError, PrivilegesError) as error:
+        fail(str(error))
+    audit = build_audit(settings, log)
+    if audit is not None:
+        try:
+            audit.open()
+        except OSError as error:
+            fail(f"audit.file: {settings.audit.file}: {error.strerror}")
+
+    def read() -> schema.Settings:
+        return _read(flags).settings
+
+    try:
+        if is_alone:
+            worker.serve(settings, authenticator, listening, read, log, audit, service, _own_words(), link)
         else:
-            supervisor.supervise(settings, count, listening, lambda: _read(flags).settings, sink, service)
+            supervisor.supervise(settings, slots, read, log, audit, service)
     except (AuthenticatorConfigError, WorkersFailedError) as error:
         fail(*error.faults)
     except (PidFileError, UpgradeError, listen.ListenError) as error:
         fail(str(error))
     finally:
-        sink.flush()
+        if audit is not None:
+            audit.close()
+        log.flush()
+
+
+def _identity(settings: schema.Settings) -> Identity | None:
+    """Whom the gateway is to become; ends with one line if it cannot."""
+    try:
+        return privileges.find(settings.user, settings.group)
+    except PrivilegesError as error:
+        fail(str(error))
 
 
 @_command.command()
@@ -146,7 +175,8 @@ def check(context: click.Context, /, **flags: Any) -> None:
         click.echo(f"{key.path} = {_shown(key, value)}  ({loaded.origins[key.path]})")
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}")
-    _, faults = examine(loaded.settings, _echo_warning)
+    with privileges.acting_as(_identity(loaded.settings)):
+        _, faults = examine(loaded.settings, _echo_warning)
     if faults:
         fail(*faults)
     click.echo("ok")
@@ -168,7 +198,17 @@ def _shown(key: schema.Key, value: Any) -> str:
         return "true" if value else "false"
     if key.path == "authenticator.chain":
         return ", ".join(link.decided_kind or "nothing" for link in value)
-    return ", ".join(value) if isinstance(value, list | dict) else f"{value}"
+    if isinstance(value, dict):
+        return ", ".join(value)
+    if isinstance(value, list):
+        return ", ".join(_shown_item(item) for item in value)
+    return f"{value}"
+
+
+def _shown_item(item: Any) -> str:
+    if isinstance(item, str | schema.ListenSettings):
+        return str(item)
+    return msgspec.json.encode(item).decode()
 
 
 @_command.command()

@@ -26,20 +26,27 @@ class Begin(Frame, frozen=True):
     """The first to a worker: who it is, and the descriptors that it has inherited to accept on.
 
     `slot` is its place among the workers, which its successor has too; `generation` is its own. `removes_files`: those
-    of Unix sockets, should the supervisor no longer be there to do it.
+    of Unix sockets, should the supervisor no longer be there to do it. `proxy_protocol`: which of the descriptors it is
+    spoken on. `ledger`: the descriptor of the counts that all workers share, -1 if each has its own.
     """
 
     slot: int
     generation: int
     settings: Settings
     listening: tuple[int, ...]
+    proxy_protocol: tuple[bool, ...]
     removes_files: bool
+    ledger: int
 
 
 class Settle(Frame, frozen=True):
     """New settings, to be put in force."""
 
     settings: Settings
+
+
+class OpenAnew(Frame, frozen=True):
+    """Whoever keeps files open opens them anew; the settings stay."""
 
 
 class Drain(Frame, frozen=True):
@@ -87,7 +94,7 @@ class CancelDone(Frame, frozen=True):
     outcome: str
 
 
-ToWorker = Begin | Settle | Drain | EndNow | Ping | CancelAsked | CancelDone
+ToWorker = Begin | Settle | OpenAnew | Drain | EndNow | Ping | CancelAsked | CancelDone
 ToSupervisor = Ready | Failed | Pong | CancelAsked | CancelDone
 _DECODER: Final = msgspec.msgpack.Decoder(ToWorker | ToSupervisor)
 

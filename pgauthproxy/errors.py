@@ -13,11 +13,13 @@ CANNOT_CONNECT = "08001"
 TARGET_REJECTED = "08004"
 CONNECTION_FAILURE = "08006"
 FEATURE_NOT_SUPPORTED = "0A000"
+IDLE_IN_TRANSACTION_SESSION_TIMEOUT = "25P03"
 INVALID_AUTHORIZATION = "28000"
 INVALID_PASSWORD = "28P01"  # noqa: S105 (an SQLSTATE)
 TOO_MANY_CONNECTIONS = "53300"
 ADMIN_SHUTDOWN = "57P01"
 CANNOT_CONNECT_NOW = "57P03"
+IDLE_SESSION_TIMEOUT = "57P05"
 SYSTEM_ERROR = "58000"
 INTERNAL_ERROR = "XX000"
 
@@ -76,6 +78,12 @@ class TlsRefused(TargetFault):
 
 class GatewayFault(Fault):
     """The gateway cannot serve: it is full, or shutting down."""
+
+
+def refused_token(user: bytes, detail: str, told: bytes | None = None) -> ClientFault:
+    """28000 for a bearer token, in PostgreSQL's own words (or those of `told`)."""
+    text = told or b'OAuth bearer authentication failed for user "' + user + b'"'
+    return ClientFault(INVALID_AUTHORIZATION, text, detail)
 
 
 def wrong_password(user: bytes, detail: str, told: bytes | None = None) -> ClientFault:

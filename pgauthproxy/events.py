@@ -16,13 +16,16 @@ class CloseReason(StrEnum):
     CLIENT_LOST = "client connection lost"
     TARGET_CLOSED = "target closed"
     TARGET_LOST = "target connection lost"
+    LEASE_ENDED = "lease of the credential ended"
     TIME_LIMIT = "time limit reached"
+    IDLE = "idle timeout reached"
+    IDLE_IN_TRANSACTION = "idle-in-transaction timeout reached"
     SHUTDOWN = "gateway shut down"
     HANDED_OVER = "handed over"
 
 
 class LoggedIn(msgspec.Struct, frozen=True):
-    """A client was let in."""
+    """A client is let in: it is told next."""
 
     attached: Attached
     total_seconds: float
@@ -55,6 +58,17 @@ class Cancelled(msgspec.Struct, frozen=True):
     outcome: str
 
 
+class Reloading(msgspec.Struct, frozen=True):
+    """A reload was asked for: whoever keeps files open opens them anew."""
+
+
+class Reloaded(msgspec.Struct, frozen=True):
+    """Something was read anew; with faults the old one stays."""
+
+    what: str
+    faults: tuple[str, ...] = ()
+
+
 class AuthenticatorSaid(msgspec.Struct, frozen=True):
     """What an authenticator wrote to its standard error: its lines, and how many bytes were dropped."""
 
@@ -71,8 +85,19 @@ class Noticed(msgspec.Struct, frozen=True):
     facts: tuple[tuple[str, object], ...] = ()
 
 
-Event = LoggedIn | Refused | Ended | Cancelled | AuthenticatorSaid | Noticed
+Event = LoggedIn | Refused | Ended | Cancelled | Reloading | Reloaded | AuthenticatorSaid | Noticed
 Sink = Callable[[Event], None]
+"""It may refuse a login by raising GatewayFault for its LoggedIn, and never raises anything else."""
+
+
+def to_all(*sinks: Sink) -> Sink:
+    """One sink for several, in this order; what one refuses the next is not told."""
+
+    def tell(event: Event) -> None:
+        for sink in sinks:
+            sink(event)
+
+    return tell
 
 
 def ignore(_event: Event) -> None:

@@ -6,20 +6,27 @@ log.
 """
 
 import asyncio
+import contextlib
 import dataclasses
-import socket
+import functools
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError
 from pgauthproxy.build import (
+    address_faults,
     authenticator_part,
+    build_access,
     build_admission,
     build_authenticator,
     build_client_tls,
+    build_limits,
+    build_rules,
+    build_statements,
+    build_throttle,
     check_target_tls,
     seed_part,
     target_policy,
@@ -28,16 +35,21 @@ from pgauthproxy.build import (
 from pgauthproxy.config import schema
 from pgauthproxy.config.load import ConfigError
 from pgauthproxy.config.schema import FIXED, Settings
-from pgauthproxy.events import Event, Noticed, Sink
-from pgauthproxy.gateway.session import Gateway
+from pgauthproxy.events import Event, Noticed, Reloaded, Reloading, Sink
+from pgauthproxy.gateway.session import Gateway, Session
 from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
-from pgauthproxy.net.listen import ListenError, parse_listen
+from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.net.tls import ClientSide, TlsConfigError
+from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 
 NOT_LOADED: Final = "configuration not loaded, the old one stays"
 LOADED: Final = "configuration loaded anew"
+CONFIGURATION: Final = "configuration"
+AUTHENTICATOR: Final = "authenticator"
+LOOK_SECONDS: Final = 1.0
+"""How often is looked whether an authenticator that was replaced has anything on lease."""
 Read = Callable[[], Settings]
 """Reads the settings. Raises ConfigError."""
 
@@ -49,13 +61,24 @@ def changed_keys(old: Settings, new: Settings) -> list[str]:
 
 def keep_fixed(old: Settings, new: Settings, sink: Sink) -> Settings:
     """The new settings, but for what cannot change; the log is told."""
-    fixed = [name for name in FIXED if getattr(old, name) != getattr(new, name)]
+    fixed = [path for path in FIXED if _at(old, path) != _at(new, path)]
     if fixed:
         sink(Noticed("warning", "settings that need a restart stay as they were", (("keys", ", ".join(fixed)),)))
-    return msgspec.structs.replace(new, **{name: getattr(old, name) for name in fixed})
+    for path in fixed:
+        section, _, name = path.rpartition(".")
+        value = _at(old, path)
+        if section:
+            name, value = section, msgspec.structs.replace(_at(new, section), **{name: value})
+        new = msgspec.structs.replace(new, **{name: value})
+    return new
 
 
-def warn_of_cleartext(settings: Settings, listening: Sequence[socket.socket], sink: Sink) -> None:
+def _at(settings: Settings, path: str) -> Any:
+    """A setting, or a section of them."""
+    return functools.reduce(getattr, path.split("."), settings)
+
+
+def warn_of_cleartext(settings: Settings, listening: Sequence[StreamSocket], sink: Sink) -> None:
     """Passwords that others could read on their way."""
     exposed = [listen.describe(each) for each in listening if not listen.is_local(each)]
     if exposed and settings.method == "cleartext" and settings.tls_mode != "require":
@@ -66,16 +89,20 @@ def warn_of_cleartext(settings: Settings, listening: Sequence[socket.socket], si
 class OneAtATime:
     """Does something when it is asked for, one after the other; asked for twice meanwhile, it is done once more.
 
-    `when_done` is called when nothing is left to be done.
+    `when_asked` is called whenever it is asked for, `when_done` when nothing is left to be done.
     """
 
-    def __init__(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+    def __init__(
+        self, work: Callable[[], Coroutine[None, None, None]], when_asked: Callable[[], object] = lambda: None
+    ) -> None:
         self._work = work
+        self._when_asked = when_asked
         self._working: asyncio.Task[None] | None = None
         self._again = False
         self.when_done: Callable[[], object] = lambda: None
 
     def ask(self) -> None:
+        self._when_asked()
         self._again = self._working is not None
         if self._working is None:
             self._working = asyncio.get_running_loop().create_task(self._run())
@@ -108,10 +135,12 @@ class Reloads:
         gateway: Gateway,
         asked_for: Settings,
         fitted: Settings,
-        listening: Sequence[socket.socket],
+        listening: Sequence[StreamSocket],
         read: Read,
         fit: Callable[[Settings, Sink], Settings],
-        sink: LogSink,
+        sink: Sink,
+        log: LogSink,
+        audit: AuditSink | None,
     ) -> None:
         self.settings = fitted
         self._asked_for = asked_for
@@ -120,12 +149,16 @@ class Reloads:
         self._read = read
         self._fit = fit
         self._sink = sink
-        self.reloading = OneAtATime(self._reload)
+        self._log = log
+        self._audit = audit
+        self.reloading = OneAtATime(self._reload, lambda: sink(Reloading()))
         self._retiring: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
 
     async def close(self) -> None:
         """Ends what is going on. No login is in progress any more."""
         await self.reloading.close()
+        self._closing.set()
         if self._retiring:
             await asyncio.wait(self._retiring)
 
@@ -134,6 +167,7 @@ class Reloads:
             wanted = await asyncio.to_thread(self._read)
         except ConfigError as error:
             self._complain(NOT_LOADED, *error.faults)
+            self._sink(Reloaded(CONFIGURATION, error.faults))
             return
         client_tls, is_sound = self._check(wanted)
         old = self._gateway.admission.authenticator
@@ -150,6 +184,9 @@ class Reloads:
                 await _start(authenticator)
         except AuthenticatorConfigError as error:
             self._complain("authenticator not loaded, the old one stays", *error.faults)
+            self._sink(Reloaded(AUTHENTICATOR, error.faults))
+            if is_sound:
+                self._sink(Reloaded(CONFIGURATION, ("the authenticator has faults",)))
             return
         self._put_in_force(wanted, client_tls, authenticator)
         if authenticator is not old:
@@ -157,17 +194,16 @@ class Reloads:
 
     def _check(self, wanted: Settings) -> tuple[ClientSide | None, bool]:
         """TLS with clients, and whether nothing is wrong outside the authenticator; what is wrong is told."""
-        try:
-            for text in wanted.listen:
-                parse_listen(text)
-        except ListenError as error:
-            self._complain(NOT_LOADED, str(error))
+        if faults := address_faults(wanted):
+            self._complain(NOT_LOADED, *faults)
+            self._sink(Reloaded(CONFIGURATION, tuple(faults)))
             return None, False
         try:
             client_tls = build_client_tls(wanted)
             check_target_tls(wanted)
         except TlsConfigError as error:
             self._complain("certificates not loaded, the old ones stay", str(error))
+            self._sink(Reloaded(CONFIGURATION, (str(error),)))
             return None, False
         return client_tls, True
 
@@ -192,28 +228,47 @@ class Reloads:
         gateway.client_tls = client_tls
         gateway.targets.policy = target_policy(settings)
         gateway.targets.forget_certificates()
-        admission = build_admission(settings, authenticator)
+        throttle = build_throttle(settings, gateway.limits.ledger, self._sink)
+        admission = build_admission(settings, authenticator, throttle)
         if seed_part(settings) == seed_part(asked_for):
             admission = dataclasses.replace(admission, seed=gateway.admission.seed)
         gateway.admission = admission
-        gateway.limits.max_clients, gateway.limits.max_logins = settings.max_clients, settings.max_logins
+        gateway.limits.bind(build_limits(settings, gateway.limits.ledger))
+        gateway.access = build_access(settings)
+        gateway.rules = build_rules(settings)
+        gateway.statements = build_statements(settings, self._audit)
         gateway.login_timeout = settings.login_timeout
         gateway.cancel_timeout = settings.cancel_timeout
         gateway.close_timeout = settings.close_timeout
         for each in self._listening:
             tune(each, tcp_options(settings), anew=True)
-        self._sink.change(settings.log.format, settings.log.level)
+        self._log.change(settings.log.format, settings.log.level)
         self._sink(Noticed("info", "certificates loaded anew"))
+        self._sink(Noticed("info", "authenticator loaded anew"))
+        self._sink(Reloaded(AUTHENTICATOR))
+        self._sink(Reloaded(CONFIGURATION))
         changed = changed_keys(asked_for, self._asked_for)
         self._sink(Noticed("info", LOADED, (("changed", ", ".join(changed) or "nothing"),)))
         warn_of_cleartext(settings, self._listening, self._sink)
 
     def _retire(self, old: Authenticator) -> None:
-        """Closes an authenticator once the logins that may be in its hands are done."""
-        logins = [session.login for session in self._gateway.sessions if session.login is not None]
-        task = asyncio.get_running_loop().create_task(_close_after(logins, old))
+        """Closes an authenticator once the logins that may be in its hands are done, and what it has lent is back."""
+        task = asyncio.get_running_loop().create_task(self._close_after(list(self._gateway.sessions), old))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
+
+    async def _close_after(self, sessions: list[Session], authenticator: Authenticator) -> None:
+        logins = [session.login for session in sessions if session.login is not None]
+        if logins:
+            await asyncio.wait(logins)
+        lent = [session for session in sessions if session.has_lease]
+        del sessions, logins
+        while not self._closing.is_set() and (lent or self._gateway.releasing):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._closing.wait()
+            lent = [session for session in lent if session.has_lease]
+        await authenticator.close()
 
     def _complain(self, what: str, *faults: str) -> None:
         complain(self._sink, what, *faults)
@@ -231,9 +286,3 @@ async def _start(authenticator: Authenticator) -> None:
     except BaseException:
         await authenticator.close()
         raise
-
-
-async def _close_after(logins: "list[asyncio.Task[None]]", authenticator: Authenticator) -> None:
-    if logins:
-        await asyncio.wait(logins)
-    await authenticator.close()

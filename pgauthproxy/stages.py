@@ -4,6 +4,9 @@ Accepted → Started → Granted → Attached: an AuthenticationOk is made from 
 Granted alone, so that no client is let in without a grant and a target that let the gateway in.
 """
 
+from collections.abc import Callable
+from typing import Protocol
+
 import msgspec
 
 from pgauthproxy.secret import Secret
@@ -98,6 +101,33 @@ class FromClient(msgspec.Struct, frozen=True):
     """No credential of the authenticator's: what the client itself proves is to be used."""
 
 
+class Lease(Protocol):
+    """What a session has been lent. Whoever has it gives it back exactly once."""
+
+    def watch(self, lost: Callable[[], object]) -> None:
+        """Calls `lost`, once, if the lease ends before it is given back; at once if it has ended."""
+
+    async def release(self) -> None:
+        """Gives it back. Never fails: what cannot be given back ends by itself."""
+
+
+class Lender(Protocol):
+    """Where credentials come from that are made for one session."""
+
+    async def lend(self, mapping: "Mapping", path: str) -> "Mapping":
+        """The mapping with the credential of this path, and with the lease of it. Raises AuthenticatorFault.
+
+        Cancelling it gives back what was lent meanwhile.
+        """
+
+
+class Leased(msgspec.Struct, frozen=True):
+    """A credential that is made for this session, once the client has proved who it is. None: nobody lends here."""
+
+    path: str
+    lender: Lender | None = None
+
+
 class ProvedKeys(msgspec.Struct, frozen=True):
     """What a client's SCRAM exchange has shown: it answers targets that store the very verifier that it was held to."""
 
@@ -126,19 +156,24 @@ class Mapping(msgspec.Struct, frozen=True):
 
     `hosts` are tried in order. `verifier` is what the client must prove to know, in the form of pg_authid, if the
     gateway is to compare. `tls` holds those fields of a TargetTls that are not to be as the configuration has them.
-    `session_seconds` bounds the session's life, None for no bound. `warm` is how many connections to the target should
-    stand open before they are needed, None for what the configuration says. `cache_seconds` is how long the same answer
-    holds for the same question, None for not at all, and zero empties the cache.
+    `session_seconds` bounds the session's life, None for no bound. `idle_timeout` and `idle_in_transaction_timeout`
+    bound how long it may idle, zero for no bound, None for what the configuration says. `warm` is how many connections
+    to the target should stand open before they are needed, None for what the configuration says. `cache_seconds` is how
+    long the same answer holds for the same question, None for not at all, and zero empties the cache. `lease` is what
+    the credential was lent with.
     """
 
     hosts: tuple[Address, ...]
     parameters: Parameters
-    credential: Password | StoredMd5 | FromClient | None
+    credential: Password | StoredMd5 | FromClient | Leased | None
     verifier: Secret | None = None
     tls: tuple[tuple[str, str], ...] = ()
     session_seconds: float | None = None
+    idle_timeout: float | None = None
+    idle_in_transaction_timeout: float | None = None
     warm: int | None = None
     cache_seconds: float | None = None
+    lease: Lease | None = None
 
     @property
     def user(self) -> bytes:

@@ -13,7 +13,7 @@ from typing import Final
 import uvloop
 
 from pgauthproxy.auth.model import AuthenticatorConfigError
-from pgauthproxy.build import examine
+from pgauthproxy.build import build_audit, examine
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.control import (
     Begin,
@@ -24,14 +24,16 @@ from pgauthproxy.control import (
     Drain,
     EndNow,
     Failed,
+    OpenAnew,
     Ping,
     Pong,
     Ready,
     Settle,
 )
-from pgauthproxy.events import Noticed
+from pgauthproxy.events import Noticed, Reloading
 from pgauthproxy.gateway import cancel
 from pgauthproxy.net import listen
+from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.worker import Place, Worker, ignore_warnings, prepare_process
 
@@ -56,28 +58,39 @@ async def _run(descriptor: int) -> int:
     if not isinstance(begin, Begin):
         return 0
     sink = LogSink(begin.settings.log.format, begin.settings.log.level, worker=begin.slot)
+    audit = build_audit(begin.settings, sink)
     try:
-        return await _serve(channel, begin, sink)
+        if audit is not None:
+            audit.open()
+    except OSError as error:
+        channel.send(Failed((f"audit.file: {begin.settings.audit.file}: {error.strerror}",)))
+        channel.close()
+        return CANNOT_BEGIN
+    try:
+        return await _serve(channel, begin, sink, audit)
     finally:
+        if audit is not None:
+            audit.close()
         sink.flush()
         channel.close()
 
 
-async def _serve(channel: Channel, begin: Begin, sink: LogSink) -> int:
-    listening = [listen.take_over(descriptor) for descriptor in begin.listening]
+async def _serve(channel: Channel, begin: Begin, sink: LogSink, audit: AuditSink | None) -> int:
+    marked = zip(begin.listening, begin.proxy_protocol, strict=True)
+    listening = [listen.take_over(descriptor, proxy_protocol=is_so) for descriptor, is_so in marked]
     authenticator, faults = examine(begin.settings, sink)
     if authenticator is None or faults:
         channel.send(Failed(tuple(faults)))
         return CANNOT_BEGIN
     latest = Latest(begin.settings)
-    place = Place(begin.slot, begin.generation, removes_files=False)
-    worker = Worker(begin.settings, authenticator, listening, latest.read, sink, place)
+    place = Place(begin.slot, begin.generation, removes_files=False, ledger=begin.ledger)
+    worker = Worker(begin.settings, authenticator, listening, latest.read, sink, audit, place)
     try:
         await worker.start()
     except AuthenticatorConfigError as error:
         channel.send(Failed(error.faults))
         return CANNOT_BEGIN
-    obeying = Obeying(channel, worker, latest, begin.removes_files, sink)
+    obeying = Obeying(channel, worker, latest, begin.removes_files, sink, audit)
     attending = asyncio.get_running_loop().create_task(obeying.attend())
     try:
         worker.listen()
@@ -105,12 +118,21 @@ class Latest:
 class Obeying:
     """Does what the supervisor says, and passes on cancel requests whose keys are other workers'."""
 
-    def __init__(self, channel: Channel, worker: Worker, latest: Latest, removes_files: bool, sink: LogSink) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        worker: Worker,
+        latest: Latest,
+        removes_files: bool,
+        sink: LogSink,
+        audit: AuditSink | None,
+    ) -> None:
         self._channel = channel
         self._worker = worker
         self._latest = latest
         self._removes_files = removes_files
         self._sink = sink
+        self._audit = audit
         self._questions = CancelQuestions(channel.send)
         self._cancelling: set[asyncio.Task[None]] = set()
         worker.gateway.ask_elsewhere = self._ask_elsewhere
@@ -124,6 +146,9 @@ class Obeying:
                 case Settle(settings):
                     self._latest.settings = settings
                     self._worker.reloads.reloading.ask()
+                case OpenAnew():
+                    if self._audit is not None:
+                        self._audit(Reloading())
                 case Drain(why):
                     self._worker.drain(("signal", why))
                 case EndNow(why):

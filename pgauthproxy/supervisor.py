@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pgauthproxy import _spawn, program
-from pgauthproxy.build import examine, with_lasting_seed
+from pgauthproxy._ledger import Ledger
+from pgauthproxy.build import build_ledger, examine, with_lasting_seed
 from pgauthproxy.config.load import ConfigError
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.control import (
@@ -34,16 +35,19 @@ from pgauthproxy.control import (
     Drain,
     EndNow,
     Failed,
+    OpenAnew,
     Ping,
     Ready,
     Settle,
 )
-from pgauthproxy.events import Noticed, ignore
+from pgauthproxy.events import Noticed, Reloaded, Reloading, ignore, to_all
 from pgauthproxy.gateway.cancel import NOBODYS, slot_of
 from pgauthproxy.net import listen
+from pgauthproxy.net.sockets import StreamSocket
+from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile
-from pgauthproxy.reload import LOADED, NOT_LOADED, OneAtATime, Read, changed_keys, complain, keep_fixed
+from pgauthproxy.reload import CONFIGURATION, LOADED, NOT_LOADED, OneAtATime, Read, changed_keys, complain, keep_fixed
 from pgauthproxy.service import Service
 from pgauthproxy.worker import announce, hear_signals
 
@@ -88,7 +92,7 @@ class Child:
 class Slot:
     """A place for a worker, with the sockets of whoever has it."""
 
-    listening: list[socket.socket]
+    listening: list[StreamSocket]
     child: Child | None = None
     deaths: int = 0
     retry: asyncio.TimerHandle | None = None
@@ -103,25 +107,58 @@ class Passing:
     owner: Child = field(repr=False)
 
 
-def supervise(
-    settings: Settings, count: int, listening: list[socket.socket], read: Read, sink: LogSink, service: Service
-) -> None:
-    """Runs until a signal ends it. Raises WorkersFailedError, ListenError and PidFileError if it cannot begin to."""
-    _spawn.keep_descriptors_private()
+def open_slots(settings: Settings, count: int, listening: list[StreamSocket], service: Service) -> list[Slot]:
+    """Places for so many workers. Raises ListenError.
+
+    All sockets of an address must be opened by the same user, and some ports by root: here, before anything else.
+    """
     # What a service manager has opened is its own: there is one for all.
     again = (lambda each: each) if service.descriptors else (lambda each: listen.open_again(each, settings.backlog))
-    slots = [Slot(listening), *(Slot(list(map(again, listening))) for _ in range(count - 1))]
-    asyncio.run(Supervisor(settings, slots, read, sink, service).run())
+    return [Slot(listening), *(Slot(list(map(again, listening))) for _ in range(count - 1))]
+
+
+def supervise(
+    settings: Settings, slots: list[Slot], read: Read, log: LogSink, audit: AuditSink | None, service: Service
+) -> None:
+    """Runs until a signal ends it. Raises WorkersFailedError and PidFileError if it cannot begin to."""
+    _spawn.keep_descriptors_private()
+    counts = Counts(settings)
+    asyncio.run(Supervisor(settings, slots, counts, read, log, audit, service).run())
+
+
+class Counts:
+    """What workers share: the memory in which they count, where there is such a thing."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.descriptor = os.memfd_create("pgauthproxy-ledger") if hasattr(os, "memfd_create") else -1
+        self._ledger: Ledger | None = build_ledger(settings, self.descriptor) if self.descriptor >= 0 else None
+
+    def forget(self, slot: int) -> None:
+        """Its worker is no more."""
+        if self._ledger is not None:
+            self._ledger.clear_slot(slot)
 
 
 class Supervisor:
     """States, in order: starting, serving, draining, ended."""
 
-    def __init__(self, settings: Settings, slots: list[Slot], read: Read, sink: LogSink, service: Service) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        slots: list[Slot],
+        counts: Counts,
+        read: Read,
+        log: LogSink,
+        audit: AuditSink | None,
+        service: Service,
+    ) -> None:
+        sink = log if audit is None else to_all(audit, log)
         self._seed = secrets.token_hex(32)
         self._settings = settings
         self._slots = slots
         self._read = read
+        self._counts = counts
+        self._log = log
         self._sink = sink
         self._service = service
         self._removes_files = not service.descriptors
@@ -137,7 +174,7 @@ class Supervisor:
         self._begun = asyncio.Event()
         self._drained = asyncio.Event()
         self._ended = asyncio.Event()
-        self._reloading = OneAtATime(self._reload)
+        self._reloading = OneAtATime(self._reload, lambda: sink(Reloading()))
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -186,7 +223,7 @@ class Supervisor:
         slot.retry = None
         ours, theirs = socket.socketpair()
         try:
-            pid = _spawn_worker(theirs, slot.listening)
+            pid = _spawn_worker(theirs, slot.listening, self._counts.descriptor)
         except OSError as error:
             ours.close()
             self._sink(Noticed("error", "worker not started", (("worker", number), ("reason", error.strerror))))
@@ -207,8 +244,17 @@ class Supervisor:
     async def _attend(self, child: Child) -> None:
         channel = child.channel = await Channel.open(child.connection)
         settings = with_lasting_seed(self._settings, self._seed)
-        listening = tuple(each.fileno() for each in self._slots[child.slot].listening)
-        channel.send(Begin(child.slot, child.generation, settings, listening, self._removes_files))
+        listening = self._slots[child.slot].listening
+        begin = Begin(
+            child.slot,
+            child.generation,
+            settings,
+            tuple(each.fileno() for each in listening),
+            tuple(each.proxy_protocol for each in listening),
+            self._removes_files,
+            self._counts.descriptor,
+        )
+        channel.send(begin)
         try:
             async for frame in channel.frames():
                 child.silent = 0
@@ -262,6 +308,7 @@ class Supervisor:
                 self._pass_back(ticket, "", "not passed on: its worker is gone")
         slot = self._slots[child.slot]
         slot.child = None
+        self._counts.forget(child.slot)
         if self._is_draining:
             self._check_end()
         elif not self._is_serving and not self._faults:
@@ -347,23 +394,31 @@ class Supervisor:
         try:
             wanted = await asyncio.to_thread(self._read)
         except ConfigError as error:
-            complain(self._sink, NOT_LOADED, *error.faults)
+            self._keep_settings(error.faults)
             return
         _, faults = await asyncio.to_thread(examine, wanted, ignore)
         if faults:
-            complain(self._sink, NOT_LOADED, *faults)
+            self._keep_settings(faults)
             return
         old, self._settings = self._settings, keep_fixed(self._settings, wanted, self._sink)
-        self._sink.change(self._settings.log.format, self._settings.log.level)
+        self._log.change(self._settings.log.format, self._settings.log.level)
         changed = changed_keys(old, self._settings)
         self._sink(Noticed("info", LOADED, (("changed", ", ".join(changed) or "nothing"),)))
+        self._sink(Reloaded(CONFIGURATION))
         settings = with_lasting_seed(self._settings, self._seed)
         for child in self._children.values():
             self._tell(child, Settle(settings))
 
+    def _keep_settings(self, faults: Sequence[str]) -> None:
+        """The new ones are not to be used; but files that were asked for anew are opened anew everywhere."""
+        complain(self._sink, NOT_LOADED, *faults)
+        self._sink(Reloaded(CONFIGURATION, tuple(faults)))
+        for child in self._children.values():
+            self._tell(child, OpenAnew())
+
     # Between workers
 
-    def _tell(self, child: Child, frame: Drain | EndNow | Ping | Settle | CancelAsked | CancelDone) -> bool:
+    def _tell(self, child: Child, frame: Drain | EndNow | Ping | Settle | OpenAnew | CancelAsked | CancelDone) -> bool:
         return child.channel is not None and child.channel.send(frame)
 
     def _pass_on(self, asker: Child, asked: CancelAsked) -> None:
@@ -385,9 +440,9 @@ class Supervisor:
             self._tell(passing.asker, CancelDone(passing.ticket, session, outcome))
 
 
-def _spawn_worker(control: socket.socket, listening: Sequence[socket.socket]) -> int:
+def _spawn_worker(control: socket.socket, listening: Sequence[socket.socket], ledger: int) -> int:
     """Starts this program as a worker. It inherits these descriptors, and no others."""
-    shared = [control.fileno(), *(each.fileno() for each in listening)]
+    shared = [control.fileno(), *(each.fileno() for each in listening), *([ledger] if ledger >= 0 else [])]
     return program.start(["worker", str(control.fileno())], shared, os.environ)
 
 

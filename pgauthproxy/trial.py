@@ -21,12 +21,14 @@ from pgauthproxy.ops.log import printable
 from pgauthproxy.proto import messages, scram
 from pgauthproxy.proto.client_login import NO_SALT, Proof
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import Accepted, Granted, Password, Started, StoredMd5
+from pgauthproxy.stages import Accepted, Encryption, Granted, Leased, Password, Started, StoredMd5
 from pgauthproxy.stages import Mapping as Answer
 
 ADDRESS: Final = "127.0.0.1:0"
 SESSION: Final = "trial"
 HIDDEN: Final = "***"
+# What a client that shows a token speaks; without TLS none is taken.
+OVER_TLS: Final = Encryption("TLSv1.3", "", "", "", b"", None)
 AGREED, REFUSED, BROKEN = 0, 1, 2
 
 Say = Callable[[str], None]
@@ -52,6 +54,12 @@ class _Typist:
         if not verifier.fits(salted):
             raise wrong_password(started.user, "the password is not the verifier's")
         return scram.Keys.of(salted)
+
+    async def receive_token(self, started: Started, policy: ClientPolicy) -> Secret:
+        return Secret(self._password)
+
+    async def refuse_token(self, policy: ClientPolicy) -> None:
+        """It needs no words."""
 
 
 class _Telling:
@@ -92,6 +100,8 @@ def _describe(mapping: Answer) -> Sequence[str]:
             lines.append(f"credential: a password, {HIDDEN}")
         case StoredMd5():
             lines.append(f"credential: an MD5 hash, {HIDDEN}")
+        case Leased(path):
+            lines.append(f"credential: from Vault, {path}")
         case None:
             lines.append("credential: none")
         case _:
@@ -99,7 +109,7 @@ def _describe(mapping: Answer) -> Sequence[str]:
     if mapping.verifier is not None:
         lines.append(f"verifier: {HIDDEN}")
     lines += [f"tls.{name}={value}" for name, value in mapping.tls]
-    for name in ("session_seconds", "cache_seconds", "warm"):
+    for name in ("session_seconds", "idle_timeout", "idle_in_transaction_timeout", "cache_seconds", "warm"):
         if (value := getattr(mapping, name)) is not None:
             lines.append(f"{name}={value:g}")
     return lines
@@ -127,7 +137,7 @@ async def _try(settings: Settings, login: Login, say: Say) -> int:
                 say(f"  (it says: {printable(line)})")
 
     parameters = ((b"user", login.user), (b"database", login.database), *login.parameters)
-    started = Started(Accepted(SESSION, ADDRESS), parameters)
+    started = Started(Accepted(SESSION, ADDRESS), parameters, OVER_TLS if settings.method == "oauth" else None)
     try:
         admission = build_admission(settings, _Telling(build_authenticator(settings, hear), say))
         await admission.authenticator.start()
@@ -136,9 +146,13 @@ async def _try(settings: Settings, login: Login, say: Say) -> int:
         return BROKEN
     try:
         granted = await admission.admit(started, _Typist(login.password), lambda: None)
-        say("let in")
-        if login.connect:
-            await _connect(settings, granted, say)
+        try:
+            say("let in")
+            if login.connect:
+                await _connect(settings, granted, say)
+        finally:
+            if granted.mapping.lease is not None:
+                await granted.mapping.lease.release()
     except ClientFault as fault:
         say(f"refused: {fault.detail}")
         return REFUSED

@@ -6,7 +6,9 @@ Strategy:
 - It gets the listening sockets, so that nobody is refused in between.
 - Then it gets sessions, one by one: both sockets, and what is known of them. One is handed over only while none of its
   bytes is in this process: what was read has been written. So there is nothing that could be lost or doubled.
-- A session that speaks TLS stays: its keys are in this process's memory. So does a login in progress, until it is done.
+- A session that speaks TLS stays: its keys are in this process's memory. So does one that an observer follows, which
+  knows what it is at, and one with a credential on lease, which is given back here. So does a login in progress, until
+  it is done.
   This process lives for as long as it has any, and as long as that which it has itself taken over from.
 - A cancel request goes to whichever of the two has the session.
 """
@@ -28,6 +30,7 @@ from pgauthproxy.events import Noticed, Sink
 from pgauthproxy.gateway import cancel
 from pgauthproxy.gateway.session import Gateway, HandedOver, Session
 from pgauthproxy.net import listen
+from pgauthproxy.net.sockets import StreamSocket
 
 START_SECONDS: Final = 60.0
 """How long a new process may take until it could serve, and then until it does."""
@@ -46,10 +49,12 @@ class Hello(Frame, frozen=True):
 
 
 class TakeListening(Frame, frozen=True):
-    """To the new process, with the listening sockets: its generation, and whether it removes files of Unix sockets."""
+    """To the new process, with the listening sockets: its generation, whether it removes files of Unix sockets, and on
+    which of the sockets the PROXY protocol is spoken."""
 
     generation: int
     removes_files: bool
+    proxy_protocol: tuple[bool, ...]
 
 
 class Serving(Frame, frozen=True):
@@ -261,7 +266,7 @@ async def hand_over_sessions(gateway: Gateway, link: Link, sink: Sink) -> None:
         pause = min(GROWTH * pause, LONGEST_PAUSE_SECONDS)
 
 
-async def take_listening(link: Link) -> tuple[int, bool, list[socket.socket]]:
+async def take_listening(link: Link) -> tuple[int, bool, list[StreamSocket]]:
     """Offers to take over; what TakeListening says, and the sockets to listen on. Raises UpgradeError."""
     await link.send(Hello())
     received = await link.receive()
@@ -270,4 +275,6 @@ async def take_listening(link: Link) -> tuple[int, bool, list[socket.socket]]:
     said, descriptors = received
     if not isinstance(said, TakeListening):
         raise UpgradeError("the process to take over from says what was not expected")
-    return said.generation, said.removes_files, [listen.take_over(descriptor) for descriptor in descriptors]
+    marked = zip(descriptors, said.proxy_protocol, strict=True)
+    listening = [listen.take_over(descriptor, proxy_protocol=is_so) for descriptor, is_so in marked]
+    return said.generation, said.removes_files, listening

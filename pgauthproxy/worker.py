@@ -19,14 +19,16 @@ import uvloop
 
 from pgauthproxy import _spawn
 from pgauthproxy.auth.model import Authenticator
-from pgauthproxy.build import build_gateway, tcp_options
-from pgauthproxy.config.schema import Settings
+from pgauthproxy.build import build_gateway, build_ledger, tcp_options
+from pgauthproxy.config.schema import AuthenticatorSettings, Settings
 from pgauthproxy.errors import GatewayFault
-from pgauthproxy.events import CloseReason, Noticed, Refused, Sink
+from pgauthproxy.events import CloseReason, Noticed, Refused, Sink, to_all
 from pgauthproxy.gateway.session import Gateway, Session, shutting_down
 from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
 from pgauthproxy.net.listen import Listener
+from pgauthproxy.net.sockets import StreamSocket
+from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile, PidFileError
 from pgauthproxy.proto import messages
@@ -49,6 +51,8 @@ from pgauthproxy.upgrade import (
 DESCRIPTORS_FOR_ITSELF: Final = 64
 DESCRIPTORS_OF_A_SESSION: Final = 2
 DESCRIPTORS_OF_AN_AUTHENTICATOR: Final = 10
+RELEASE_SECONDS: Final = 5.0
+"""How long the end waits for what sessions have given back to arrive."""
 SESSIONS_BITS: Final = 40
 """Of a session's number; the rest is the generation of its worker."""
 TellWhy = Callable[[tuple[str, object]], object]
@@ -56,14 +60,17 @@ LOCAL_CLIENT: Final = "[local]"
 MAPPED_PREFIX: Final = "::ffff:"
 
 
-def open_listeners(settings: Settings, inherited: Sequence[int] = ()) -> list[socket.socket]:
+def open_listeners(settings: Settings, inherited: Sequence[int] = ()) -> list[StreamSocket]:
     """Binds everything that is to be listened on, or nothing, unless these descriptors are it. Raises ListenError."""
     _fill_standard_descriptors()
-    opened: list[socket.socket] = []
+    opened: list[StreamSocket] = []
+    addresses = [(listen.parse_listen(each.address), each.proxy_protocol) for each in settings.listeners]
     try:
         opened += map(listen.take_over, inherited)
-        for text in settings.listen if not inherited else ():
-            opened += listen.open_sockets(listen.parse_listen(text), settings.backlog)
+        for listening in opened:
+            listening.proxy_protocol = any(is_so and listen.is_at(listening, where) for where, is_so in addresses)
+        for address, is_so in addresses if not inherited else ():
+            opened += listen.open_sockets(address, settings.backlog, proxy_protocol=is_so)
     except listen.ListenError:
         for listening in opened:
             listening.close()
@@ -77,9 +84,10 @@ def open_listeners(settings: Settings, inherited: Sequence[int] = ()) -> list[so
 def serve(
     settings: Settings,
     authenticator: Authenticator,
-    listening: list[socket.socket],
+    listening: list[StreamSocket],
     read: Read,
-    sink: LogSink,
+    log: LogSink,
+    audit: AuditSink | None,
     service: Service,
     words: Sequence[str],
     link: Link | None,
@@ -92,8 +100,8 @@ def serve(
     ignore_warnings()
     prepare_process()
     place = Place(removes_files=not service.descriptors)
-    worker = Worker(settings, authenticator, listening, read, sink, place)
-    uvloop.run(_Alone(worker, sink, service, words).run(link))
+    worker = Worker(settings, authenticator, listening, read, log, audit, place)
+    uvloop.run(_Alone(worker, log, service, words).run(link))
 
 
 class _Alone:
@@ -161,7 +169,11 @@ class _Alone:
         self._pid_file.give_up()
         try:
             await link.send(
-                TakeListening(self._worker.generation + 1, self._worker.removes_files),
+                TakeListening(
+                    self._worker.generation + 1,
+                    self._worker.removes_files,
+                    tuple(each.proxy_protocol for each in self._worker.listening),
+                ),
                 [each.fileno() for each in self._worker.listening],
             )
             await expect(link, Serving)
@@ -214,7 +226,7 @@ def hear_signals(drain: TellWhy, end_now: TellWhy, reloading: OneAtATime, servic
     loop.add_signal_handler(signal.SIGHUP, reload)
 
 
-def announce(settings: Settings, listening: Sequence[socket.socket], sink: Sink) -> None:
+def announce(settings: Settings, listening: Sequence[StreamSocket], sink: Sink) -> None:
     """Tells where clients may connect now."""
     for each in listening:
         sink(Noticed("info", "listening", (("address", listen.describe(each)),)))
@@ -242,8 +254,7 @@ def fitting(settings: Settings, sink: Sink) -> Settings:
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if descriptors == resource.RLIM_INFINITY:
         return settings
-    reserved = DESCRIPTORS_FOR_ITSELF + DESCRIPTORS_OF_AN_AUTHENTICATOR * settings.authenticator.max_parallel
-    free = descriptors - reserved
+    free = descriptors - DESCRIPTORS_FOR_ITSELF - _descriptors_of(settings.authenticator)
     if settings.max_clients * DESCRIPTORS_OF_A_SESSION + settings.max_logins <= free:
         return settings
     max_logins = min(settings.max_logins, max(1, free // 4))
@@ -258,6 +269,17 @@ def fitting(settings: Settings, sink: Sink) -> Settings:
     return msgspec.structs.replace(settings, max_clients=max_clients, max_logins=max_logins)
 
 
+def _descriptors_of(asked: AuthenticatorSettings) -> int:
+    """What an authenticator holds at most."""
+    match asked.decided_kind:
+        case "http":
+            return asked.http.max_in_flight
+        case "chain":
+            return sum(map(_descriptors_of, asked.chain))
+        case _:
+            return DESCRIPTORS_OF_AN_AUTHENTICATOR * asked.max_parallel
+
+
 def _fill_standard_descriptors() -> None:
     """Descriptors 0 to 2 are open from here on, so that no socket ever gets one of these numbers."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -269,12 +291,14 @@ def _fill_standard_descriptors() -> None:
 class Place:
     """Where a worker stands among others: its slot, which its successor has too, and its own generation.
 
-    `removes_files`: those of Unix sockets, once it listens no more.
+    `removes_files`: those of Unix sockets, once it listens no more. `ledger`: the descriptor of the counts that they
+    share.
     """
 
     slot: int = 0
     generation: int = 0
     removes_files: bool = True
+    ledger: int = -1
 
 
 ALONE: Final = Place()
@@ -287,17 +311,20 @@ class Worker:
         self,
         settings: Settings,
         authenticator: Authenticator,
-        listening: list[socket.socket],
+        listening: list[StreamSocket],
         read: Read,
-        sink: LogSink,
+        log: LogSink,
+        audit: AuditSink | None = None,
         place: Place = ALONE,
     ) -> None:
-        self._sink = sink
+        # The audit log goes first: what it refuses has not happened.
+        sink = self._sink = log if audit is None else to_all(audit, log)
         self._place = place
         self.listening = listening
-        fitted = fitting(settings, sink)
-        self.gateway: Gateway = build_gateway(fitted, authenticator, sink, place.slot)
-        self.reloads = Reloads(self.gateway, settings, fitted, listening, read, fitting, sink)
+        fitted = fitting(settings, log)
+        ledger = build_ledger(fitted, place.ledger, place.slot)
+        self.gateway: Gateway = build_gateway(fitted, authenticator, sink, ledger, audit, place.slot)
+        self.reloads = Reloads(self.gateway, settings, fitted, listening, read, fitting, sink, log, audit)
         self._listeners: list[Listener] = []
         self._sessions_begun = place.generation << SESSIONS_BITS
         self._is_draining = False
@@ -331,7 +358,7 @@ class Worker:
     def removes_files(self) -> bool:
         return self._place.removes_files
 
-    def succeed(self, generation: int, removes_files: bool, listening: Sequence[socket.socket]) -> None:
+    def succeed(self, generation: int, removes_files: bool, listening: Sequence[StreamSocket]) -> None:
         """Takes these sockets over from a process that is to be succeeded."""
         self._place = dataclasses.replace(self._place, generation=generation, removes_files=removes_files)
         self._sessions_begun = generation << SESSIONS_BITS
@@ -373,16 +400,20 @@ class Worker:
         self._told.set()
         self._ended.set()
 
-    def _accepted(self, connection: socket.socket, peer: Any) -> None:
-        self._sessions_begun += 1
+    def _accepted(self, connection: socket.socket, peer: Any, proxied: bool) -> None:
         address = client_address(peer)
+        if (reason := self.gateway.access.refusal(address, as_balancer=proxied)) is not None:
+            connection.close()
+            self.gateway.denials.note(address, reason)
+            return
+        self._sessions_begun += 1
         try:
             session = Session(self.gateway, self._sessions_begun)
         except GatewayFault as fault:
             self._turn_away(connection, fault)
             self._sink(Refused(Accepted(f"{self._sessions_begun:x}", address), None, fault))
         else:
-            session.begin(connection, address)
+            session.begin(connection, address, proxied=proxied)
 
     def _turn_away(self, connection: socket.socket, fault: GatewayFault) -> None:
         """Tells a client why without waiting for anything; what it sent is read, so that closing does not reset it."""
@@ -416,8 +447,11 @@ class Worker:
             for session in list(self.gateway.sessions):
                 session.end(CloseReason.SHUTDOWN, b"terminating connection due to administrator command")
             await self._wait_for_end(min(1.0, self.reloads.settings.close_timeout))
-        await self.reloads.close()
+        self.gateway.denials.flush()
         self.gateway.targets.warm.close()
+        if self.gateway.releasing:
+            await asyncio.wait(self.gateway.releasing, timeout=RELEASE_SECONDS)
+        await self.reloads.close()
 
     async def until_told(self, task: "asyncio.Task[None]") -> None:
         """Waits for a task, but no longer than until this worker is told to drain."""

@@ -53,6 +53,9 @@ def postgres() -> Iterator[ThrowawayPostgres]:
         yield server
 
 
+SETTINGS: dict[str, Any] = {"listen": "127.0.0.1:0", "drain_timeout": 1}
+
+
 class Gateway:
     """`pgauthproxy` as a process. `log_lines` are its log's JSON objects."""
 
@@ -180,7 +183,7 @@ def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
         authenticator = settings.pop("authenticator", {})
         if cmd is not None:
             authenticator = {"cmd": cmd if isinstance(cmd, list) else [str(cmd)], **authenticator}
-        content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": authenticator, **settings}
+        content = {**SETTINGS, "authenticator": authenticator, **settings}
         config = tmp_path / f"gateway{number}.yaml"
         config.write_text(yaml.safe_dump(content))
         log = tmp_path / f"gateway{number}.log"

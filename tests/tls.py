@@ -147,13 +147,23 @@ def server_context(identity: Identity) -> ssl.SSLContext:
 
 
 class TlsClient(RawClient):
-    """A client that speaks TLS, `direct` or behind an SSLRequest. An end without close_notify is an error to it."""
+    """A client that speaks TLS, `direct` or behind an SSLRequest. An end without close_notify is an error to it.
+
+    `before` is what it sends before anything else.
+    """
 
     def __init__(
-        self, port: int, context: ssl.SSLContext, *, direct: bool = False, server_name: str | None = "localhost"
+        self,
+        port: int,
+        context: ssl.SSLContext,
+        *,
+        direct: bool = False,
+        server_name: str | None = "localhost",
+        before: bytes = b"",
     ) -> None:
         super().__init__(port)
         try:
+            self.send(before)
             if not direct:
                 self.send(SSL_REQUEST)
                 assert self.read(1) == b"S"

@@ -45,6 +45,25 @@ def cancel_request(key: bytes) -> bytes:
     return struct.pack("!ii", 8 + len(key), CANCEL_REQUEST) + key
 
 
+def proxy_v1(source: str = "192.0.2.7", port: int = 56324, destination: str = "198.51.100.1") -> bytes:
+    """A load balancer's header in version 1 of the PROXY protocol."""
+    family = 6 if ":" in source else 4
+    return f"PROXY TCP{family} {source} {destination} {port} 5432\r\n".encode()
+
+
+def proxy_v2(
+    source: str = "192.0.2.7", port: int = 56324, destination: str = "198.51.100.1", additions: bytes = b""
+) -> bytes:
+    """The same in version 2."""
+    family = socket.AF_INET6 if ":" in source else socket.AF_INET
+    body = socket.inet_pton(family, source) + socket.inet_pton(family, destination) + struct.pack("!HH", port, 5432)
+    return raw_proxy_v2(0x21, 0x21 if ":" in source else 0x11, body + additions)
+
+
+def raw_proxy_v2(command: int, family: int, body: bytes) -> bytes:
+    return b"\r\n\r\n\0\r\nQUIT\n" + struct.pack("!BBH", command, family, len(body)) + body
+
+
 def error_fields(body: bytes) -> dict[str, str]:
     return {field[:1].decode(): field[1:].decode(errors="replace") for field in body.split(b"\0") if field}
 
@@ -52,10 +71,22 @@ def error_fields(body: bytes) -> dict[str, str]:
 class RawClient:
     """A socket that reads whole messages. Every wait is bounded."""
 
-    def __init__(self, port: int, family: int = socket.AF_INET) -> None:
+    def __init__(self, port: int, family: int = socket.AF_INET, source: str = "") -> None:
+        """`source` is the address to come from, if it is to be a particular one."""
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(SECONDS)
+        if source:
+            self.socket.bind((source, 0))
         self.socket.connect(("127.0.0.1" if family == socket.AF_INET else "::1", port))
+
+    @classmethod
+    def of_folder(cls, folder: object, port: int) -> Self:
+        """A client of the Unix socket there."""
+        client = cls.__new__(cls)
+        client.socket = socket.socket(socket.AF_UNIX)
+        client.socket.settimeout(SECONDS)
+        client.socket.connect(f"{folder}/.s.PGSQL.{port}")
+        return client
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pgauthproxy.auth.model import Authenticator, Denied, Question, UnknownUser
+from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError, Denied, Question, UnknownUser
 from pgauthproxy.stages import Mapping
 
 
@@ -39,8 +39,15 @@ class ChainAuthenticator:
         raise Denied("; ".join(reasons), told, verifier or made_up)
 
     async def reload(self) -> None:
-        for _, link in self._links:
-            await link.reload()
+        """Reloads each link that can be; the others stay as they are. Raises AuthenticatorConfigError with all."""
+        faults: list[str] = []
+        for name, link in self._links:
+            try:
+                await link.reload()
+            except AuthenticatorConfigError as error:
+                faults += (f"{name}: {fault}" for fault in error.faults)
+        if faults:
+            raise AuthenticatorConfigError(*faults)
 
     async def close(self) -> None:
         for _, link in self._links:

@@ -122,6 +122,8 @@ class CommandAuthenticator:
         if run.status < 0:
             # As before: a signal is a refusal, though hardly a meant one.
             raise Denied(f"authenticator died of {_signal_name(-run.status)}")
+        if (failure := fields.decode_failure(run.output, self._limits.max_lines)) is not None:
+            raise AuthenticatorFault(f"authenticator failed: {failure.decode(errors='backslashreplace')}")
         if run.status > 0:
             told = fields.decode_error(run.output, self._limits.max_lines)
             raise Denied(f"authenticator refused with exit status {run.status}", told)

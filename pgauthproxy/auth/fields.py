@@ -11,7 +11,7 @@ from typing import Final
 
 from pgauthproxy.auth.model import Question
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import Address, Encryption, FromClient, Mapping, Password, StoredMd5, parameter
+from pgauthproxy.stages import Address, Encryption, FromClient, Leased, Mapping, Password, StoredMd5, parameter
 
 DEFAULT_PORT: Final = 5432
 MD5_CREDENTIAL: Final = re.compile(rb"md5[0-9a-f]{32}")
@@ -22,6 +22,8 @@ NUL: Final = 0x00
 CARRIAGE_RETURN: Final = 0x0D
 OWN_PREFIXES: Final = (b"_SOURCE_", b"_META_")
 WHAT_THE_CLIENT_PROVED: Final = b"client"
+VAULT: Final = b"vault:"
+VAULT_PATH: Final = re.compile(rb"[A-Za-z0-9_\-]+(?:/[A-Za-z0-9_.\-]*[A-Za-z0-9_\-])+")
 TARGET_TLS: Final = {
     b"_META_TARGET_TLS": "mode",
     b"_META_TARGET_CA": "ca",
@@ -99,6 +101,14 @@ def decode_error(output: bytes, max_lines: int) -> bytes | None:
         return None
 
 
+def decode_failure(output: bytes, max_lines: int) -> bytes | None:
+    """What an authenticator that could not judge says of that, for the log; None if it says nothing of the kind."""
+    try:
+        return split_lines(output, max_lines).get(b"_META_FAILED")
+    except NonsenseError:
+        return None
+
+
 def decode_mapping(output: bytes, max_lines: int) -> Mapping:
     """What an agreeing authenticator answers. Raises NonsenseError if no session can be made of it."""
     pairs = split_lines(output, max_lines)
@@ -115,11 +125,13 @@ def decode_mapping(output: bytes, max_lines: int) -> Mapping:
         verifier=Secret(verifier) if verifier else None,
         tls=_target_tls(pairs),
         session_seconds=_seconds(pairs, b"_META_SESSION_SECONDS"),
+        idle_timeout=_seconds(pairs, b"_META_IDLE_TIMEOUT", or_zero=True),
+        idle_in_transaction_timeout=_seconds(pairs, b"_META_IDLE_IN_TRANSACTION_TIMEOUT", or_zero=True),
         cache_seconds=_seconds(pairs, b"_META_CACHE_SECONDS", or_zero=True),
     )
 
 
-def _credential(pairs: dict[bytes, bytes]) -> Password | StoredMd5 | FromClient | None:
+def _credential(pairs: dict[bytes, bytes]) -> Password | StoredMd5 | FromClient | Leased | None:
     if b"_META_TARGET_PASSWORD" in pairs:
         return Password(Secret(pairs[b"_META_TARGET_PASSWORD"]))
     value = pairs.get(b"_META_TARGET_CRED", b"")
@@ -127,7 +139,17 @@ def _credential(pairs: dict[bytes, bytes]) -> Password | StoredMd5 | FromClient 
         return None
     if value == WHAT_THE_CLIENT_PROVED:
         return FromClient()
+    if value.startswith(VAULT):
+        return parse_leased(value)
     return StoredMd5(Secret(value)) if MD5_CREDENTIAL.fullmatch(value) else Password(Secret(value))
+
+
+def parse_leased(text: bytes) -> Leased:
+    """`vault:` and the path of a secret. Raises NonsenseError."""
+    path = text.removeprefix(VAULT)
+    if not VAULT_PATH.fullmatch(path):
+        raise NonsenseError("vault: without the path of a secret, such as database/creds/ROLE")
+    return Leased(path.decode())
 
 
 def _target_tls(pairs: dict[bytes, bytes]) -> tuple[tuple[str, str], ...]:

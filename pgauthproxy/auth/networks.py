@@ -8,6 +8,9 @@ from typing import Final
 LOCAL: Final = "local"
 """The word for Unix sockets, and what stands for a client's address there, in brackets."""
 
+IPV4_BYTES: Final = 4
+IPV6_NETWORK_BYTES: Final = 8
+
 _Block = tuple[int, int, int]
 """Version of IP, mask and network."""
 
@@ -22,15 +25,34 @@ class Networks:
 
     def has(self, address: str) -> bool:
         """Whether a client's address, as `Accepted` has it, is in one of them."""
-        host, _, _ = address.rpartition(":")
-        if not host:
+        if is_local(address):
             return self._local
-        if host.startswith("["):
-            version, packed = 6, socket.inet_pton(socket.AF_INET6, host[1:-1].partition("%")[0])
-        else:
-            version, packed = 4, socket.inet_pton(socket.AF_INET, host)
-        number = int.from_bytes(packed)
+        if not self._blocks:
+            return False
+        packed = _pack(address)
+        version, number = (4 if len(packed) == IPV4_BYTES else 6), int.from_bytes(packed)
         return any(of == version and number & mask == network for of, mask, network in self._blocks)
+
+
+def is_local(address: str) -> bool:
+    """Whether a client's address, as `Accepted` has it, is a Unix socket."""
+    return ":" not in address
+
+
+def network_key(address: str) -> bytes:
+    """What stands for the network that one client has to itself: an IPv4 address, or the /64 of one of IPv6.
+
+    Empty for a Unix socket, which says nothing about who is behind it.
+    """
+    return b"" if is_local(address) else _pack(address)[:IPV6_NETWORK_BYTES]
+
+
+def _pack(address: str) -> bytes:
+    """An IP address as the network has it, without its port."""
+    host, _, _ = address.rpartition(":")
+    if host.startswith("["):
+        return socket.inet_pton(socket.AF_INET6, host[1:-1].partition("%")[0])
+    return socket.inet_pton(socket.AF_INET, host)
 
 
 # Users have the same few networks, and making one costs as much as reading a whole user.

@@ -15,13 +15,14 @@ import msgspec
 from msgspec import Meta
 
 from pgauthproxy.auth import references
-from pgauthproxy.auth.fields import MD5_CREDENTIAL, NonsenseError, parse_hosts
+from pgauthproxy.auth.fields import MD5_CREDENTIAL, VAULT, NonsenseError, parse_hosts, parse_leased
 from pgauthproxy.auth.model import AuthenticatorConfigError
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import Mapping, Password, Started, StoredMd5
+from pgauthproxy.stages import Leased, Mapping, Password, Started, StoredMd5
 
 PASSED_ON: Final = ("client_encoding", "DateStyle", "IntervalStyle", "TimeZone", "extra_float_digits")
 Seconds = Annotated[float, Meta(gt=0, lt=1e9)]
+SecondsOrZero = Annotated[float, Meta(ge=0, lt=1e9)]
 
 
 class TargetTlsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -40,8 +41,10 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
 
     `host`: one or several, tried in order. `user`, `database`, `application_name` and the values of `parameters` are
     templates; without a `database` it is the one that was asked for, without `application_name` the client's own.
-    `password` is a reference, a password, or an MD5 hash. `pass`: which of the client's startup parameters go on.
-    `session_seconds`: how long a session may live. `warm`: how many connections stand open before they are needed.
+    `password` is a reference, a password, an MD5 hash, or `vault:` and a path, whose user then takes the place of
+    `user`. `pass`: which of the client's startup parameters go on.
+    `session_seconds`: how long a session may live. `idle_timeout`, `idle_in_transaction_timeout`: what holds instead of
+    the configuration's. `warm`: how many connections stand open before they are needed.
     """
 
     host: str | list[str]
@@ -53,6 +56,8 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     pass_on: list[str] = msgspec.field(default_factory=lambda: [*PASSED_ON])
     tls: TargetTlsSpec = TargetTlsSpec()
     session_seconds: Seconds | None = None
+    idle_timeout: SecondsOrZero | None = None
+    idle_in_transaction_timeout: SecondsOrZero | None = None
     warm: Annotated[int, Meta(ge=0)] | None = None
 
 
@@ -110,9 +115,16 @@ class Target:
             (field, value) for field, value in msgspec.structs.asdict(spec.tls).items() if value is not None
         )
         self._session_seconds = spec.session_seconds
+        self._idle_timeout = spec.idle_timeout
+        self._idle_in_transaction_timeout = spec.idle_in_transaction_timeout
         self._warm = spec.warm
         if faults:
             raise AuthenticatorConfigError(*faults)
+
+    @property
+    def borrows(self) -> bool:
+        """Whether somebody must lend the credential."""
+        return isinstance(self._credential, Leased)
 
     def mapping(
         self, started: Started, session_seconds: float | None = None, verifier: Secret | None = None
@@ -134,8 +146,25 @@ class Target:
             verifier=verifier,
             tls=self.tls,
             session_seconds=bound,
+            idle_timeout=self._idle_timeout,
+            idle_in_transaction_timeout=self._idle_in_transaction_timeout,
             warm=self._warm,
         )
+
+
+ReadTargets = Callable[[], dict[str, Target]]
+"""Reads named targets, and what they refer to. Raises AuthenticatorConfigError with all faults."""
+
+TargetFault = Callable[[Target], str | None]
+"""What is wrong with a target as things stand here, if anything; begins with its key."""
+
+
+def build_target(spec: TargetSpec, target_fault: TargetFault) -> Target:
+    """A target, wherever it stands. Raises AuthenticatorConfigError with all faults; each begins with its key."""
+    target = Target(spec)
+    if fault := target_fault(target):
+        raise AuthenticatorConfigError(fault)
+    return target
 
 
 def _take_apart(template: str) -> bytes | tuple[bytes | _Value, ...]:
@@ -163,8 +192,13 @@ def _put_together(parts: tuple[bytes | _Value, ...], started: Started) -> bytes:
     return b"".join([part if isinstance(part, bytes) else part(started) for part in parts])
 
 
-def _credential(text: str) -> Password | StoredMd5 | None:
+def _credential(text: str) -> Password | StoredMd5 | Leased | None:
     if not text:
         return None
+    if text.startswith(VAULT.decode()):
+        try:
+            return parse_leased(text.encode(errors="surrogateescape"))
+        except NonsenseError as error:
+            raise AuthenticatorConfigError(str(error)) from None
     secret = references.resolve(text)
     return StoredMd5(secret) if MD5_CREDENTIAL.fullmatch(secret.reveal()) else Password(secret)

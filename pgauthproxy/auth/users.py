@@ -18,7 +18,8 @@ import msgspec
 
 from pgauthproxy.auth import users_file
 from pgauthproxy.auth.model import Denied, Question, UnknownUser
-from pgauthproxy.auth.users_file import NO_ITERATIONS, TlsFault, User, UsersFile
+from pgauthproxy.auth.targets import TargetFault
+from pgauthproxy.auth.users_file import NO_ITERATIONS, User, UsersFile
 from pgauthproxy.proto import scram
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Mapping, Started
@@ -44,13 +45,13 @@ class UsersPolicy:
 class UsersAuthenticator:
     """Knows the users of one file. All look-ups go to one value, which a reload replaces."""
 
-    def __init__(self, path: Path, policy: UsersPolicy, tls_fault: TlsFault, notice: Notice) -> None:
+    def __init__(self, path: Path, policy: UsersPolicy, target_fault: TargetFault, notice: Notice) -> None:
         """Reads the file. Raises AuthenticatorConfigError with all that is wrong in it."""
         self._path = path
         self._policy = policy
-        self._tls_fault = tls_fault
+        self._target_fault = target_fault
         self._notice = notice
-        self._file = users_file.read(path, policy.method, tls_fault, give_way=lambda: None)
+        self._file = users_file.read(path, policy.method, target_fault, give_way=lambda: None)
         # The MD5 hash that nobody's password has.
         self._no_md5 = Secret(b"md5" + secrets.token_hex(16).encode())
         self._warn(self._file)
@@ -77,7 +78,7 @@ class UsersAuthenticator:
 
     async def reload(self) -> None:
         old = self._file
-        file = await asyncio.to_thread(users_file.read, self._path, self._policy.method, self._tls_fault, _give_way)
+        file = await asyncio.to_thread(users_file.read, self._path, self._policy.method, self._target_fault, _give_way)
         await self._put_in_force(file)
         self._warn(file)
         await asyncio.to_thread(users_file.let_go, old, _give_way)

@@ -4,7 +4,7 @@ A file is read whole or not at all: what is wrong in it is found all at once, ea
 shows a secret. Many users share a few targets, lists of networks and sets of databases, so these are made once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +17,7 @@ from pgauthproxy.auth.certificates import CertificateRule, CertificateSpec
 from pgauthproxy.auth.fields import MD5_CREDENTIAL
 from pgauthproxy.auth.model import AuthenticatorConfigError
 from pgauthproxy.auth.networks import Networks
-from pgauthproxy.auth.targets import Seconds, Target, TargetSpec
+from pgauthproxy.auth.targets import Seconds, Target, TargetFault, TargetSpec, build_target
 from pgauthproxy.auth.yaml_lines import Document, Fault, GiveWay, NotYamlError, Value
 from pgauthproxy.private_file import PrivateFileError
 from pgauthproxy.proto import scram
@@ -30,9 +30,6 @@ USERS_BETWEEN: Final = 64
 SCRAM_PREFIX: Final = b"SCRAM-SHA-256$"
 # What an MD5 hash costs to compare with, where a SCRAM verifier costs its iterations.
 NO_ITERATIONS: Final = 0
-
-TlsFault = Callable[[tuple[tuple[str, str], ...]], str | None]
-"""What is wrong with a target's TLS settings, if anything."""
 
 
 class UserSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,11 +72,11 @@ class UsersFile(msgspec.Struct, frozen=True):
     plain: tuple[str, ...]
 
 
-def read(path: Path, method: str, tls_fault: TlsFault, give_way: GiveWay) -> UsersFile:
+def read(path: Path, method: str, target_fault: TargetFault, give_way: GiveWay) -> UsersFile:
     """Reads the file for a method of clients to prove themselves. Raises AuthenticatorConfigError with all faults."""
     try:
         with yaml_lines.uncollected():
-            found, faults = parse(private_file.read(path), method, tls_fault, give_way)
+            found, faults = parse(private_file.read(path), method, target_fault, give_way)
     except PrivateFileError as error:
         raise AuthenticatorConfigError(f"{path}: {error}") from None
     if found is None:
@@ -98,22 +95,24 @@ def let_go(file: UsersFile, give_way: GiveWay) -> None:
             give_way()
 
 
-def parse(content: bytes, method: str, tls_fault: TlsFault, give_way: GiveWay) -> tuple[UsersFile | None, list[Fault]]:
+def parse(
+    content: bytes, method: str, target_fault: TargetFault, give_way: GiveWay
+) -> tuple[UsersFile | None, list[Fault]]:
     """What a content says, or all that is wrong with it."""
     try:
         document = yaml_lines.read(content, give_way)
     except NotYamlError as error:
         return None, [error.fault]
-    return _Reader(document, method, tls_fault, give_way).read()
+    return _Reader(document, method, target_fault, give_way).read()
 
 
 class _Reader:
     """Makes sense of one document, in the order of the methods."""
 
-    def __init__(self, document: Document, method: str, tls_fault: TlsFault, give_way: GiveWay) -> None:
+    def __init__(self, document: Document, method: str, target_fault: TargetFault, give_way: GiveWay) -> None:
         self._document = document
         self._method = method
-        self._tls_fault = tls_fault
+        self._target_fault = target_fault
         self._give_way = give_way
         self._faults: dict[str, Fault] = {}
         self._targets: dict[str, Target | None] = {}
@@ -170,15 +169,12 @@ class _Reader:
             if spec is None or not isinstance(value, dict):
                 continue
             try:
-                target = self._targets[name] = Target(spec)
+                self._targets[name] = build_target(spec, self._target_fault)
             except AuthenticatorConfigError as error:
                 for fault in error.faults:
                     inner, _, what = fault.partition(": ")
                     place = self._document.line(value, inner.partition(".")[0], line)
                     self._fault(place, f"{key}.{inner}", what)
-                continue
-            if target.tls and (wrong := self._tls_fault(target.tls)):
-                self._fault(self._document.line(value, "tls", line), f"{key}.tls", wrong)
 
     def _read_users(self, section: dict[str, Value]) -> None:
         for number, name in enumerate(list(section)):

@@ -263,8 +263,13 @@ class WorkerAuthenticator:
 
 
 def decide(answer: bytes, max_lines: int) -> Mapping:
-    """What the lines of an answer mean: without a target they refuse. Raises Denied and NonsenseError."""
+    """What the lines of an answer mean: without a target they refuse.
+
+    Raises Denied, NonsenseError, and AuthenticatorFault if it says that it failed.
+    """
     pairs = fields.split_lines(answer, max_lines)
+    if (failure := pairs.get(b"_META_FAILED")) is not None:
+        raise AuthenticatorFault(f"authenticator worker failed: {failure.decode(errors='backslashreplace')}")
     if not pairs.get(b"_META_TARGET_HOST"):
         raise Denied("authenticator worker refused", pairs.get(b"_META_ERROR") or None)
     return fields.decode_mapping(answer, max_lines)

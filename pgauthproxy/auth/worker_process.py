@@ -98,6 +98,7 @@ class WorkerProcess:
         self._status: asyncio.Future[int | None]
         self._collected = b""
         self._unsent = b""
+        self._unended_line = b""
         self._lines_left = MAX_SAID_LINES
         self._ended = False
         self._is_leaving = False
@@ -153,6 +154,7 @@ class WorkerProcess:
             return
         self._ended = True
         self.why_gone = why
+        self._read_errors(last=True)
         loop = asyncio.get_running_loop()
         for descriptor in (self._output, self._errors):
             loop.remove_reader(descriptor)
@@ -248,15 +250,22 @@ class WorkerProcess:
             # Nobody may be waiting any more.
             waiting.exception()
 
-    def _read_errors(self) -> None:
+    def _read_errors(self, *, last: bool = False) -> None:
+        """Passes on what it complains of, line by line; `last`: also one that has not ended."""
         try:
             data = os.read(self._errors, READ_BYTES)
         except BlockingIOError:
-            return
+            data = b""
+            if not last:
+                return
         if not data:
             asyncio.get_running_loop().remove_reader(self._errors)
+        whole, _, self._unended_line = (self._unended_line + data).rpartition(b"\n")
+        if last or not data or len(self._unended_line) > READ_BYTES:
+            whole, self._unended_line = whole + b"\n" + self._unended_line, b""
+        lines = [line for line in whole.split(b"\n") if line.strip()]
+        if not lines:
             return
-        lines = [line for line in data.split(b"\n") if line.strip()]
         passed, dropped = lines[: self._lines_left], lines[self._lines_left :]
         self._lines_left -= len(passed)
         said = tuple(line.decode(errors="backslashreplace") for line in passed)

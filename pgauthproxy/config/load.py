@@ -13,7 +13,7 @@ import msgspec
 import yaml
 
 from pgauthproxy.config import schema
-from pgauthproxy.config.schema import AuthenticatorSettings, Key, Settings
+from pgauthproxy.config.schema import AuthenticatorSettings, Key, ListenSettings, Settings
 
 FILE_NAMES: Final = ("pgAuthProxy.yaml", "pgauthproxy.yaml")
 ENVIRONMENT_PREFIX: Final = "PGPROXY_"
@@ -21,6 +21,8 @@ ENVIRONMENT_PREFIX: Final = "PGPROXY_"
 ENVIRONMENT_ALIASES: Final = {"PGPROXY_CLEAR_PASSWD": "authenticator.cleartext_password"}
 SECTIONS: Final = {"authenticator.chain": AuthenticatorSettings}
 """Settings that are lists of whole sections."""
+TEXT_OR_SECTION: Final = {"listen": ListenSettings}
+"""Settings that are lists of text, or of sections where that says too little."""
 TRUE_WORDS: Final = ("1", "t", "T", "TRUE", "true", "True")
 FOREVER_WORDS: Final = ("forever", "infinite")
 FALSE_WORDS: Final = ("0", "f", "F", "FALSE", "false", "False")
@@ -123,7 +125,7 @@ def _convert(key: Key, value: object) -> object:
             value = math.inf
         elif (key.owner, key.name) == (AuthenticatorSettings, "cmd"):
             value = shlex.split(value)
-        elif key.path in SECTIONS or isinstance(key.default, dict):
+        elif key.holds_structs or isinstance(key.default, dict):
             value = _parse_yaml(value)
         elif isinstance(key.default, list) or (key.owner, key.name) == (AuthenticatorSettings, "env"):
             value = [part.strip() for part in value.split(",")]
@@ -134,6 +136,9 @@ def _convert(key: Key, value: object) -> object:
         value = str(value)
     if key.path in SECTIONS and isinstance(value, list):
         value = [_convert_section(content, SECTIONS[key.path]) for content in value]
+    elif key.path in TEXT_OR_SECTION and isinstance(value, list):
+        section = TEXT_OR_SECTION[key.path]
+        value = [_convert_section(each, section) if isinstance(each, dict) else each for each in value]
     return msgspec.convert(value, key.type, strict=False)
 
 

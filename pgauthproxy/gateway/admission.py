@@ -3,7 +3,8 @@
 Two orders, by the method. With `md5` and `cleartext` the client answers first, and the authenticator judges the answer;
 if it gives a verifier instead of a judgement, the gateway compares. With `scram-sha-256` the authenticator is asked
 first, since the exchange begins with the user's own salt; with `cert` there is nothing left to prove. Whoever the
-authenticator refuses goes through the same exchange, and fails at its end.
+authenticator refuses goes through the same exchange, and fails at its end. With `oauth` the client shows a token, over
+TLS alone. A credential that is made for one session is made last of all, for whom has proved everything.
 """
 
 import asyncio
@@ -16,12 +17,20 @@ from typing import Protocol
 
 from pgauthproxy._digest import md5_answer, md5_password
 from pgauthproxy.auth.model import Authenticator, Denied, Question
-from pgauthproxy.errors import INVALID_AUTHORIZATION, INVALID_PASSWORD, AuthenticatorFault, ClientFault, wrong_password
+from pgauthproxy.errors import (
+    INVALID_AUTHORIZATION,
+    INVALID_PASSWORD,
+    AuthenticatorFault,
+    ClientFault,
+    refused_token,
+    wrong_password,
+)
 from pgauthproxy.gateway.client_leg import ClientPolicy
+from pgauthproxy.gateway.throttle import Attempt, Blocked, Throttle
 from pgauthproxy.proto import scram
-from pgauthproxy.proto.client_login import MD5_ANSWER, Proof
+from pgauthproxy.proto.client_login import MD5_ANSWER, NO_SALT, Proof
 from pgauthproxy.secret import Secret
-from pgauthproxy.stages import FromClient, Granted, Mapping, Password, ProvedKeys, Started
+from pgauthproxy.stages import FromClient, Granted, Leased, Mapping, Password, ProvedKeys, Started
 
 Watcher = Callable[[], object]
 
@@ -38,6 +47,12 @@ class Client(Protocol):
     async def receive_scram(self, started: Started, verifier: scram.Verifier, policy: ClientPolicy) -> scram.Keys:
         """Its keys, once it has proved that it knows the password of this verifier."""
 
+    async def receive_token(self, started: Started, policy: ClientPolicy) -> Secret:
+        """Its bearer token."""
+
+    async def refuse_token(self, policy: ClientPolicy) -> None:
+        """Ends the exchange of a token that will not do."""
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:
@@ -47,26 +62,45 @@ class Admission:
     policy: ClientPolicy
     seed: Secret
     scram_iterations: int
+    throttle: Throttle | None = None
 
     async def admit(self, started: Started, client: Client, client_left: Watcher) -> Granted:
         """The grant, once the client has proved what it must. `client_left` is called if it goes meanwhile.
 
-        Raises ClientFault and AuthenticatorFault.
+        Raises ClientFault, AuthenticatorFault and GatewayFault.
         """
+        attempt = self.throttle.attempt(started) if self.throttle is not None else None
+        if attempt is None:
+            return await self._judge(started, client, client_left, None)
+        attempt.check()
+        try:
+            return await self._judge(started, client, client_left, attempt)
+        except Blocked:
+            raise
+        except ClientFault as fault:
+            if fault.sqlstate in (INVALID_PASSWORD, INVALID_AUTHORIZATION):
+                attempt.failed()
+            raise
+
+    async def _judge(self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None) -> Granted:
         try:
             if self.policy.method == "scram-sha-256":
-                return await self._by_scram(started, client, client_left)
+                return await self._by_scram(started, client, client_left, attempt)
             if self.policy.method == "cert":
-                return await self._by_certificate(started, client, client_left)
-            return await self._by_password(started, client, client_left)
+                return await self._by_certificate(started, client, client_left, attempt)
+            if self.policy.method == "oauth":
+                return await self._by_token(started, client, client_left, attempt)
+            return await self._by_password(started, client, client_left, attempt)
         except Denied as denied:
             raise wrong_password(started.user, denied.reason, denied.told) from None
 
-    async def _by_password(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+    async def _by_password(
+        self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None
+    ) -> Granted:
         proof = await client.receive_password(started, self.policy)
         client.watch(client_left)
         try:
-            mapping, seconds = await self._ask(Question(started, proof.method, proof.answer, proof.salt))
+            mapping, seconds = await self._ask(Question(started, proof.method, proof.answer, proof.salt), attempt)
         except Denied as denied:
             if denied.verifier is not None:
                 with contextlib.suppress(ClientFault):
@@ -74,19 +108,41 @@ class Admission:
             raise
         if mapping.verifier is not None:
             await _compare(started, mapping.verifier.reveal(), proof)
-        return _grant(started, mapping, Password(proof.answer) if proof.method == "cleartext" else None, seconds)
+        proved = Password(proof.answer) if proof.method == "cleartext" else None
+        return await _grant(started, mapping, proved, seconds, attempt)
 
-    async def _by_certificate(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+    async def _by_certificate(
+        self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None
+    ) -> Granted:
         if started.encryption is None or started.encryption.certificate is None:
             raise ClientFault(INVALID_AUTHORIZATION, "connection requires a valid client certificate")
         client.watch(client_left)
-        mapping, seconds = await self._ask(Question(started, self.policy.method))
-        return _grant(started, mapping, None, seconds)
+        mapping, seconds = await self._ask(Question(started, self.policy.method), attempt)
+        return await _grant(started, mapping, None, seconds, attempt)
 
-    async def _by_scram(self, started: Started, client: Client, client_left: Watcher) -> Granted:
+    async def _by_token(
+        self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None
+    ) -> Granted:
+        if started.encryption is None:
+            raise ClientFault(INVALID_AUTHORIZATION, "OAuth bearer authentication requires TLS")
+        token = await client.receive_token(started, self.policy)
         client.watch(client_left)
         try:
-            mapping, seconds = await self._ask(Question(started, self.policy.method))
+            mapping, seconds = await self._ask(Question(started, self.policy.method, token, NO_SALT), attempt)
+        except Denied as denied:
+            await client.refuse_token(self.policy)
+            raise refused_token(started.user, denied.reason, denied.told) from None
+        if mapping.verifier is not None:
+            # Nothing holds a token to it, so to go on would let anybody in.
+            raise AuthenticatorFault("authenticator gave a _META_SOURCE_VERIFIER that method oauth cannot use")
+        return await _grant(started, mapping, None, seconds, attempt)
+
+    async def _by_scram(
+        self, started: Started, client: Client, client_left: Watcher, attempt: Attempt | None
+    ) -> Granted:
+        client.watch(client_left)
+        try:
+            mapping, seconds = await self._ask(Question(started, self.policy.method), attempt)
         except Denied as denied:
             await self._fail_by_scram(started, client, denied.verifier)
             raise
@@ -95,7 +151,7 @@ class Admission:
             raise AuthenticatorFault("authenticator gave no _META_SOURCE_VERIFIER that is a SCRAM verifier")
         keys = await client.receive_scram(started, verifier, self.policy)
         proved = ProvedKeys(Secret(keys.client), Secret(keys.server), verifier.salt, verifier.iterations)
-        return _grant(started, mapping, proved, seconds)
+        return await _grant(started, mapping, proved, seconds, attempt)
 
     async def _fail_by_scram(self, started: Started, client: Client, like: Secret | None) -> None:
         """The same exchange as for anybody, so that nobody learns who exists, with a verifier that nothing fits."""
@@ -110,8 +166,13 @@ class Admission:
             if fault.sqlstate != INVALID_PASSWORD:
                 raise
 
-    async def _ask(self, question: Question) -> tuple[Mapping, float]:
-        """What the authenticator answers, and how many seconds it took. Raises Denied and AuthenticatorFault."""
+    async def _ask(self, question: Question, attempt: Attempt | None) -> tuple[Mapping, float]:
+        """What the authenticator answers, and how many seconds it took. Raises Denied and AuthenticatorFault.
+
+        Who is to wait waits before that.
+        """
+        if attempt is not None:
+            await attempt.hold()
         asked = time.monotonic()
         mapping = await self.authenticator.ask(question)
         return mapping, time.monotonic() - asked
@@ -132,11 +193,35 @@ async def _compare(started: Started, verifier: bytes, proof: Proof) -> None:
         raise wrong_password(started.user, "wrong password")
 
 
-def _grant(started: Started, mapping: Mapping, proved: Password | ProvedKeys | None, seconds: float) -> Granted:
-    """The grant, with the credential for the target: the mapping's, or what the client proved if that is asked for."""
+async def _grant(
+    started: Started,
+    mapping: Mapping,
+    proved: Password | ProvedKeys | None,
+    seconds: float,
+    attempt: Attempt | None,
+) -> Granted:
+    """The grant, with the credential for the target: the mapping's, or what the client proved if that is asked for.
+
+    Nothing is waited for once a credential was lent: a grant that is cancelled then would keep it.
+    """
+    if attempt is not None:
+        attempt.succeeded()
+    if isinstance(mapping.credential, Leased):
+        mapping, seconds = await _borrow(mapping, mapping.credential, seconds)
     credential = mapping.credential
+    if isinstance(credential, Leased):
+        raise AuthenticatorFault("a lender gave what is to be borrowed")
     if not isinstance(credential, FromClient):
         return Granted(started, mapping, credential, seconds)
     if proved is None:
         raise AuthenticatorFault("_META_TARGET_CRED=client needs a client that answers in cleartext or by SCRAM")
     return Granted(started, mapping, proved, seconds)
+
+
+async def _borrow(mapping: Mapping, wanted: Leased, seconds: float) -> tuple[Mapping, float]:
+    """The mapping with a credential that was made for it, and how many seconds all answers took together."""
+    if wanted.lender is None:
+        raise AuthenticatorFault("a credential of vault: is asked for, and authenticator.vault.address is not set")
+    asked = time.monotonic()
+    mapping = await wanted.lender.lend(mapping, wanted.path)
+    return mapping, seconds + time.monotonic() - asked

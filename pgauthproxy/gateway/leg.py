@@ -177,7 +177,8 @@ class Leg(asyncio.BufferedProtocol):
                     self._send(output)
                 if not self.framer.pending:
                     await self._more()
-                output = await asyncio.to_thread(tls.handshake, self.framer.take_rest())
+                data = self.framer.take_rest()
+                output = tls.handshake(data) if tls.past_the_costly else await asyncio.to_thread(tls.handshake, data)
             self._send(output)
             encryption = step.side.describe(tls)
         except TlsError as error:

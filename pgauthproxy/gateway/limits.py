@@ -3,15 +3,24 @@
 Clients that connect and say nothing are what a flood is made of. When all places for logins are taken, the one
 that has said nothing for longest makes way; one that has named itself keeps its place. Only from then on does it count
 as a client, so that the silent take no place of those who want to log in.
+
+What anybody may claim takes nothing away from whom it is claimed to be: a user's own places, and those that are kept
+for some users, are only taken once the client has proved who it is.
+
+Counts are the ledger's, which holds for all processes of the gateway. Who makes way is found in this one alone.
 """
 
 from collections.abc import Callable
 from typing import Final
 
+from pgauthproxy._ledger import CLIENTS, LOGINS, Ledger
+from pgauthproxy.auth.networks import network_key
 from pgauthproxy.errors import TOO_MANY_CONNECTIONS, Fault, GatewayFault
 
 Evict = Callable[[Fault], None]
 FULL_TEXT: Final = "sorry, too many clients already"
+NO_BOUND: Final = 1 << 60
+NONE: Final = -1
 
 
 def too_many(what: str) -> GatewayFault:
@@ -19,43 +28,123 @@ def too_many(what: str) -> GatewayFault:
     return GatewayFault(TOO_MANY_CONNECTIONS, FULL_TEXT, what)
 
 
-class Limits:
-    """Counts of one gateway. What is taken is given back by the session that took it."""
+class Place:
+    """What one client has taken, to be given back whatever becomes of it."""
 
-    def __init__(self, max_clients: int, max_logins: int) -> None:
+    __slots__ = ("address", "is_client", "of", "user", "whence")
+
+    def __init__(self, of: bytes, whence: str) -> None:
+        """Of this user, from this address."""
+        self.of = of
+        self.whence = whence
+        self.is_client = False
+        self.user = NONE
+        self.address = NONE
+
+
+class Limits:
+    """Counts of the gateway. What is taken is given back by the session that took it. Bounds that are 0 are none."""
+
+    def __init__(
+        self,
+        max_clients: int,
+        max_logins: int,
+        *,
+        per_user: int = 0,
+        per_address: int = 0,
+        reserved: int = 0,
+        reserved_for: frozenset[bytes] = frozenset(),
+        ledger: Ledger | None = None,
+    ) -> None:
         self.max_clients = max_clients
         self.max_logins = max_logins
-        self.clients = 0
-        self.logins = 0
+        self.per_user = per_user
+        self.per_address = per_address
+        self.reserved = reserved
+        self.reserved_for = reserved_for
+        self.ledger = ledger or Ledger()
         self._silent: dict[int, Evict] = {}
+
+    @property
+    def clients(self) -> int:
+        return self.ledger.total(CLIENTS)
+
+    @property
+    def logins(self) -> int:
+        return self.ledger.total(LOGINS)
+
+    def bind(self, other: "Limits") -> None:
+        """Takes over the bounds of another one, for whoever comes from here on."""
+        self.max_clients = other.max_clients
+        self.max_logins = other.max_logins
+        self.per_user = other.per_user
+        self.per_address = other.per_address
+        self.reserved = other.reserved
+        self.reserved_for = other.reserved_for
 
     def begin_login(self, number: int, evict: Evict) -> None:
         """Takes a place for a login. Raises GatewayFault if there is none, and none can be had."""
-        if self.logins >= self.max_logins:
+        if not self.ledger.begin(LOGINS, self.max_logins):
             if not self._silent:
                 raise too_many(f"{self.logins} logins in progress (max_logins)")
             oldest = next(iter(self._silent))
             self._silent.pop(oldest)(too_many("made way for a newer client: it had said nothing (max_logins)"))
-        self.logins += 1
+            # Until the other has gone there is one more.
+            self.ledger.begin(LOGINS, NO_BOUND)
         self._silent[number] = evict
 
     def named(self, number: int) -> None:
         """This one has said what it wants: it makes way for nobody any more."""
         self._silent.pop(number, None)
 
-    def begin_client(self) -> None:
-        """Takes a place for a client. Raises GatewayFault if there is none."""
-        if self.clients >= self.max_clients:
-            raise too_many(f"{self.clients} clients (max_clients)")
-        self.clients += 1
-
-    def take_up_client(self) -> None:
-        """A client that another process has let in has its place, even if there are more than there may be."""
-        self.clients += 1
-
     def end_login(self, number: int) -> None:
         self._silent.pop(number, None)
-        self.logins -= 1
+        self.ledger.end(LOGINS)
 
-    def end_client(self) -> None:
-        self.clients -= 1
+    def begin_client(self, user: bytes, address: str) -> Place:
+        """Takes a place for a client that says it is this user. Raises GatewayFault if there is none.
+
+        For users that places are kept for there may be one yet, once they have proved themselves (`prove`).
+        """
+        place = Place(user, address)
+        place.is_client = self.ledger.begin(CLIENTS, max(0, self.max_clients - self.reserved))
+        if not place.is_client and user not in self.reserved_for:
+            kept = f", {self.reserved} kept free (reserved_clients)" if self.reserved else ""
+            raise too_many(f"{self.clients} clients (max_clients){kept}")
+        if self.per_address and (key := network_key(address)):
+            place.address = self.ledger.take(b"a" + key, self.per_address)
+            if place.address == NONE:
+                self.end_client(place)
+                raise too_many(f"{self.per_address} clients of this address (max_clients_per_address)")
+        return place
+
+    def prove(self, place: Place, user: bytes) -> None:
+        """The client is who it says it is. Raises GatewayFault if there is no place for this user any more."""
+        if not place.is_client:
+            place.is_client = self.ledger.begin(CLIENTS, self.max_clients)
+            if not place.is_client:
+                raise too_many(f"{self.clients} clients (max_clients), none kept free any more")
+        if self.per_user:
+            place.user = self.ledger.take(b"u" + user, self.per_user)
+            if place.user == NONE:
+                raise too_many(f"{self.per_user} clients of this user (max_clients_per_user)")
+
+    def take_up(self, user: bytes, address: str) -> Place:
+        """A client that another process has let in has its place, even if there are more than there may be."""
+        place = Place(user, address)
+        place.is_client = self.ledger.begin(CLIENTS, NO_BOUND)
+        if self.per_user:
+            place.user = self.ledger.take(b"u" + user, NO_BOUND)
+        if self.per_address and (key := network_key(address)):
+            place.address = self.ledger.take(b"a" + key, NO_BOUND)
+        return place
+
+    def end_client(self, place: Place) -> None:
+        """Gives back what a client has taken; a second time nothing."""
+        if place.is_client:
+            place.is_client = False
+            self.ledger.end(CLIENTS)
+        for index in (place.user, place.address):
+            if index != NONE:
+                self.ledger.give(index)
+        place.user = place.address = NONE

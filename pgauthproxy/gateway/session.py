@@ -5,6 +5,7 @@ coroutine and no task lives on. Step 9 is `_close`, the one door out of a sessio
 """
 
 import asyncio
+import functools
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,8 @@ from typing import Final
 import msgspec
 
 from pgauthproxy import _relay
+from pgauthproxy._observe import Observer
+from pgauthproxy.auth.networks import is_local
 from pgauthproxy.errors import (
     ADMIN_SHUTDOWN,
     CANNOT_CONNECT_NOW,
@@ -24,17 +27,27 @@ from pgauthproxy.errors import (
 )
 from pgauthproxy.events import Cancelled, CloseReason, Ended, LoggedIn, Refused, Sink
 from pgauthproxy.gateway import cancel
+from pgauthproxy.gateway.access import Access, Denials
 from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
 from pgauthproxy.gateway.leg import Leg
-from pgauthproxy.gateway.limits import Limits
+from pgauthproxy.gateway.limits import Limits, Place
 from pgauthproxy.gateway.paused import PausedClients
+from pgauthproxy.gateway.rules import LEAST_WAIT, Breach, SessionRules, Watch
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.startup import CancelRequest
 from pgauthproxy.proto.steps import TlsPlan, TlsSide
-from pgauthproxy.stages import Accepted, Address, Attached, Started
+from pgauthproxy.stages import Accepted, Address, Attached, Lease, Started
+
+
+@dataclass(frozen=True, slots=True)
+class Statements:
+    """Who is told the SQL that clients send: `record(session, is_prepared, text, size)`, at most `max_bytes` of it."""
+
+    record: Callable[[str, bool, bytes, int], object]
+    max_bytes: int
 
 
 @dataclass(slots=True)
@@ -42,19 +55,27 @@ class Gateway:
     """What all sessions of a process share. Times in seconds."""
 
     admission: Admission
+    access: Access
+    denials: Denials
     client_tls: TlsSide | None
     targets: Targets
     limits: Limits
+    rules: SessionRules
     login_timeout: float
     cancel_timeout: float
     close_timeout: float
     sink: Sink
     paused: PausedClients
+    check_logins: Callable[[], object] | None = None
+    """Raises GatewayFault if nobody may log in at the moment."""
+    statements: Statements | None = None
     keys: CancelKeys = field(default_factory=CancelKeys)
     sessions: "set[Session]" = field(default_factory=set)
     draining: bool = False
     ask_elsewhere: Callable[[bytes], Awaitable[tuple[str, str]]] | None = None
     """Passes a cancel request on to a process that may have the key; returns the session's id and the outcome."""
+    releasing: set[asyncio.Task[None]] = field(default_factory=set)
+    """What sessions give back, on its way."""
     idle: Callable[[], None] | None = None
     """Called whenever the last session is over."""
 
@@ -65,8 +86,14 @@ class Gateway:
             return "", cancel.NOBODYS
         return session.id, await cancel.forward(session, self.cancel_timeout, self.targets)
 
+    def give_back(self, lease: Lease) -> None:
+        task = asyncio.get_running_loop().create_task(lease.release())
+        self.releasing.add(task)
+        task.add_done_callback(self.releasing.discard)
+
 
 NOWHERE: Final = Address("", 0)
+NOBODY: Final = Accepted("", "")
 
 
 def shutting_down() -> GatewayFault:
@@ -78,6 +105,8 @@ class HandedOver(msgspec.Struct, frozen=True):
     """A session on its way to another process. `client` and `target`: bytes received, and the last of them."""
 
     number: int
+    user: bytes
+    address: str
     began: float
     seconds_left: float | None
     cancel_key: bytes
@@ -91,6 +120,7 @@ class Session:
     """One client and its target. States, in order: logging in, relaying, closing (`_reason` is set), over."""
 
     __slots__ = (
+        "_accepted",
         "_began",
         "_cause",
         "_client",
@@ -98,13 +128,15 @@ class Session:
         "_detail",
         "_ends_lost",
         "_gateway",
-        "_is_client",
+        "_lease",
         "_number",
+        "_place",
         "_reason",
         "_started",
         "_target_end",
         "_task",
         "_timer",
+        "_watch",
         "cancel_key",
         "cancelling",
         "reached",
@@ -122,18 +154,21 @@ class Session:
         gateway.sessions.add(self)
         self._gateway = gateway
         self._number = number
+        self._accepted = NOBODY
         self._began = time.monotonic()
         self._client: ClientLeg | None = None
         self._client_end: _relay.End | None = None
         self._target_end: _relay.End | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._watch: Watch | None = None
         self._started: Started | None = None
         self._cause: Fault | None = None
         self._reason: CloseReason | None = None
         self._detail = ""
         self._ends_lost = 0
-        self._is_client = False
+        self._place: Place | None = None
+        self._lease: Lease | None = None
         self.cancel_key = b""
         self.cancelling = False
         self.target_key = b""
@@ -150,14 +185,20 @@ class Session:
         """The login in progress, None once it is done."""
         return self._task
 
-    def begin(self, connection: socket.socket, address: str) -> None:
-        """Takes over an accepted, non-blocking socket."""
+    @property
+    def has_lease(self) -> bool:
+        """Whether it has a credential that is to be given back."""
+        return self._lease is not None
+
+    def begin(self, connection: socket.socket, address: str, *, proxied: bool) -> None:
+        """Takes over an accepted, non-blocking socket. `proxied`: the PROXY protocol is spoken on it first."""
         loop = asyncio.get_running_loop()
         deadline = GatewayFault(
             INVALID_AUTHORIZATION, "canceling authentication due to timeout", "login_timeout: the login took too long"
         )
         self._timer = loop.call_later(self._gateway.login_timeout, self.refuse_login, deadline)
-        self._task = loop.create_task(self._run(connection, Accepted(self.id, address)))
+        self._accepted = Accepted(self.id, address)
+        self._task = loop.create_task(self._run(connection, proxied))
 
     def refuse_login(self, fault: Fault) -> None:
         """Ends a login from outside; a session that has logged in is left alone."""
@@ -166,26 +207,31 @@ class Session:
             # Not at once: a task that is cancelled before its first step never gets to clean up.
             asyncio.get_running_loop().call_soon(self._task.cancel)
 
-    def end(self, reason: CloseReason, told: bytes) -> None:
-        """Ends a session that has logged in; its client is told with 57P01, unless it is in the middle of a message."""
+    def end(self, reason: CloseReason, told: bytes, sqlstate: str = ADMIN_SHUTDOWN) -> None:
+        """Ends a session that has logged in.
+
+        The client is told, unless it is in the middle of a message; so is the target, where that is known of it.
+        """
         if self._client_end is None or self._target_end is None or self._reason is not None:
             return
         if self._target_end.at_message_boundary:
-            self._client_end.send(messages.fatal(ADMIN_SHUTDOWN, told))
+            self._client_end.send(messages.fatal(sqlstate, told))
+        if self._client_end.at_message_boundary:
+            self._target_end.send(messages.terminate())
         self._close(reason)
 
-    async def _run(self, connection: socket.socket, accepted: Accepted) -> None:
+    async def _run(self, connection: socket.socket, proxied: bool) -> None:
         """The login, and what becomes of it."""
         relaying = False
         try:
-            relaying = await self.log_in(connection, accepted)
+            relaying = await self.log_in(connection, proxied)
         except Fault as fault:
-            self._refuse(accepted, fault)
+            self._refuse(fault)
         except asyncio.CancelledError:
-            self._refuse(accepted, self._cause or shutting_down())
+            self._refuse(self._cause or shutting_down())
         except Exception as error:  # a bug of ours costs one login and is told to its client and the log
             what = f"internal error: {type(error).__name__}"
-            self._refuse(accepted, GatewayFault(INTERNAL_ERROR, "internal error of the gateway", what))
+            self._refuse(GatewayFault(INTERNAL_ERROR, "internal error of the gateway", what))
             raise
         finally:
             self._task = None
@@ -193,36 +239,53 @@ class Session:
             if not relaying:
                 self._over()
 
-    async def log_in(self, connection: socket.socket, accepted: Accepted) -> bool:
-        """Steps 1 to 7. True if the session relays now, False if it was a cancel request. Raises Fault."""
+    async def log_in(self, connection: socket.socket, proxied: bool) -> bool:
+        """Steps 1 to 7. True if the session relays now, False if no session was wanted, or allowed. Raises Fault."""
         gateway = self._gateway
         client = self._client = ClientLeg(connection, gateway.targets.buffer)
 
-        local = connection.family == socket.AF_UNIX
+        if proxied and not await self._learn_address(client):
+            return False
+        accepted = self._accepted
+        local = is_local(accepted.address)
         wanted = await client.receive_startup(gateway.admission.policy, gateway.client_tls, local=local)
         gateway.limits.named(self._number)
         if isinstance(wanted, CancelRequest):
-            await self._cancel(client, wanted, accepted)
+            await self._cancel(client, wanted)
             return False
         started = self._started = Started(accepted, wanted.parameters, wanted.encryption)
-        gateway.limits.begin_client()
-        self._is_client = True
+        place = self._place = gateway.limits.begin_client(started.user, accepted.address)
+        if gateway.check_logins is not None:
+            gateway.check_logins()
 
         granted = await gateway.admission.admit(started, client, self._client_left)
+        self._lease = granted.mapping.lease
+        gateway.limits.prove(place, started.user)
         attached, target = await gateway.targets.attach(granted)
         try:
             self._attach(client, target, attached, wanted.minor)
         except BaseException:
             target.abort()
             raise
-        gateway.sink(LoggedIn(attached, time.monotonic() - self._began))
         return True
+
+    async def _learn_address(self, client: ClientLeg) -> bool:
+        """Takes over the address that a load balancer says. False if that may not connect: closed without a word."""
+        address = await client.receive_proxy_header()
+        if not address:
+            return True
+        self._accepted = Accepted(self.id, address)
+        if (reason := self._gateway.access.refusal(address)) is None:
+            return True
+        self._gateway.denials.note(address, reason)
+        client.close()
+        return False
 
     def _client_left(self) -> None:
         assert self._client is not None  # noqa: S101 (its watcher calls this)
         self.refuse_login(self._client.gone_fault())
 
-    async def _cancel(self, client: ClientLeg, request: CancelRequest, accepted: Accepted) -> None:
+    async def _cancel(self, client: ClientLeg, request: CancelRequest) -> None:
         """A cancel request is a connection of its own: it is answered by being closed."""
         gateway = self._gateway
         try:
@@ -231,38 +294,76 @@ class Session:
                 found, outcome = await gateway.ask_elsewhere(request.key)
         finally:
             client.close()
-        gateway.sink(Cancelled(accepted.address, found, outcome))
+        gateway.sink(Cancelled(self._accepted.address, found, outcome))
 
     def _attach(self, client: ClientLeg, target: TargetLeg, attached: Attached, minor: int) -> None:
         """Steps 7 and 8: lets the client in and sets the two ends back to back."""
         gateway = self._gateway
         client_transport, client_rest, client_at_eof = client.hand_over()
         target_transport, target_rest, target_at_eof = target.hand_over()
+        # Before the client is told, so that a login that must be recorded first can still be refused.
+        gateway.sink(LoggedIn(attached, time.monotonic() - self._began))
         self._cancel_timer()
         self.reached, self.reached_tls = attached.reached, target.plan
         self.target_key = attached.greeting.key
-        buffer = gateway.targets.buffer
-        self._client_end = _relay.End(self, client_transport, client.fd, False, buffer, client.tls)
-        self._target_end = _relay.End(self, target_transport, target.fd, True, buffer, target.tls)
+        rules = gateway.rules.for_mapping(attached.granted.mapping)
+        observer = self._observer(rules)
+        self._client_end = self._end(client_transport, client, observer, faces_target=False)
+        watched = observer if rules.limit_idling else None
+        self._target_end = self._end(target_transport, target, watched, faces_target=True)
         self._client_end.send(client_login.welcome(attached, gateway.keys.issue(self, minor)))
         _relay.join(self._client_end, self._target_end)
         self._target_end.start(target_rest, target_at_eof)
         self._client_end.start(client_rest, client_at_eof)
-        seconds = attached.granted.mapping.session_seconds
-        if seconds is not None:
-            self._limit_time(seconds)
+        if rules.limit_anything:
+            self._watch = Watch(rules, time.monotonic(), watched)
+            self._keep_watch()
         # What belongs to the login alone is not kept for the session's life.
         self._client = None
         self._started = None
+        self._accepted = NOBODY
+        if self._lease is not None:
+            self._lease.watch(self._lease_ended)
+
+    def _lease_ended(self) -> None:
+        self.end(CloseReason.LEASE_ENDED, b"terminating connection: the lease of its credential has ended")
+
+    def _observer(self, rules: SessionRules) -> Observer | None:
+        """Who follows this session, if anybody has to."""
+        statements = self._gateway.statements
+        if statements is not None:
+            return Observer(functools.partial(statements.record, self.id), statements.max_bytes)
+        return Observer() if rules.limit_idling else None
+
+    def _end(
+        self, transport: asyncio.Transport, leg: ClientLeg | TargetLeg, observer: Observer | None, *, faces_target: bool
+    ) -> _relay.End:
+        buffer = self._gateway.targets.buffer
+        if observer is None:
+            return _relay.End(self, transport, leg.fd, faces_target, buffer, leg.tls)
+        return _relay.ObservedEnd(self, transport, leg.fd, faces_target, buffer, leg.tls, observer)
+
+    def _keep_watch(self) -> None:
+        """Ends the session if it has broken a rule; otherwise looks again when it could have."""
+        if self._watch is None or self._client_end is None or self._reason is not None:
+            return
+        found = self._watch.look(time.monotonic(), held=self._client_end.holding)
+        if isinstance(found, Breach):
+            self.end(found.reason, found.told, found.sqlstate)
+        else:
+            self._timer = asyncio.get_running_loop().call_later(found, self._keep_watch)
 
     def hand_over(self) -> "tuple[HandedOver, _relay.End, _relay.End] | None":
         """Ends the session here, so that another process may go on with it: what that must know, and the two ends.
 
         Their connections are to be dropped here once the other process has them. None, and nothing has happened, for a
-        session that cannot be handed over: one that speaks TLS, or that has bytes which are on their way.
+        session that cannot be handed over: one that speaks TLS, is followed by an observer, has a credential on lease,
+        or has bytes which are on their way.
         """
-        client, target = self._client_end, self._target_end
-        if client is None or target is None or self._reason is not None or self.cancelling:
+        client, target, place = self._client_end, self._target_end, self._place
+        if client is None or target is None or place is None or self._reason is not None or self.cancelling:
+            return None
+        if self._lease is not None or isinstance(client, _relay.ObservedEnd):
             return None
         if not (client.is_at_rest and target.is_at_rest):
             return None
@@ -270,6 +371,8 @@ class Session:
         target.leave()
         handed = HandedOver(
             number=self._number,
+            user=place.of,
+            address=place.whence,
             began=self._began,
             seconds_left=self._timer.when() - asyncio.get_running_loop().time() if self._timer is not None else None,
             cancel_key=self.cancel_key,
@@ -290,8 +393,7 @@ class Session:
     ) -> None:
         """Goes on with a session of another process."""
         self = cls(gateway, handed.number, is_taken_up=True)
-        gateway.limits.take_up_client()
-        self._is_client = True
+        self._place = gateway.limits.take_up(handed.user, handed.address)
         self._began = handed.began
         self.cancel_key, self.target_key, self.reached = handed.cancel_key, handed.target_key, handed.reached
         gateway.keys.take_up(self)
@@ -315,12 +417,9 @@ class Session:
         self._target_end.start(target_rest, target_at_eof)
         self._client_end.start(client_rest, client_at_eof)
         if handed.seconds_left is not None:
-            self._limit_time(handed.seconds_left)
-
-    def _limit_time(self, seconds: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(
-            seconds, self.end, CloseReason.TIME_LIMIT, b"terminating connection: its time limit is reached"
-        )
+            rules = SessionRules(max_session_seconds=max(LEAST_WAIT, handed.seconds_left))
+            self._watch = Watch(rules, time.monotonic(), None)
+            self._keep_watch()
 
     def target_finished(self) -> None:
         """The target has said its last word: an `End` reports it."""
@@ -371,11 +470,11 @@ class Session:
             if end is not None:
                 end.transport.abort()
 
-    def _refuse(self, accepted: Accepted, fault: Fault) -> None:
+    def _refuse(self, fault: Fault) -> None:
         """Ends a login that failed: the client is told what it may know, the log the rest."""
         if self._client is not None:
             self._client.refuse(fault)
-        self._gateway.sink(Refused(accepted, self._started, fault))
+        self._gateway.sink(Refused(self._accepted, self._started, fault))
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -388,8 +487,11 @@ class Session:
         self._client = None
         self._cause = None
         gateway = self._gateway
-        if self._is_client:
-            gateway.limits.end_client()
+        if self._lease is not None:
+            gateway.give_back(self._lease)
+            self._lease = None
+        if self._place is not None:
+            gateway.limits.end_client(self._place)
         gateway.sessions.discard(self)
         if not gateway.sessions and gateway.idle is not None:
             gateway.idle()

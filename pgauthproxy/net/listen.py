@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pgauthproxy.net import sockets
+from pgauthproxy.net.sockets import StreamSocket
 
-MOST_ACCEPTS_AT_ONCE: Final = 64
+MOST_ACCEPTS_AT_ONCE: Final = 4
+"""A crowd is let in by a few at a time, between which all others get their turn."""
 PAUSE_SECONDS: Final = 0.5
 OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 UNIX_PREFIX: Final = "unix:"
@@ -53,8 +55,15 @@ def parse_listen(text: str) -> ListenAddress:
     return ListenAddress(matched[1] or matched[2] or "", matched[3])
 
 
-def open_sockets(address: ListenAddress, backlog: int) -> list[socket.socket]:
+def open_sockets(address: ListenAddress, backlog: int, *, proxy_protocol: bool = False) -> list[StreamSocket]:
     """Binds and listens; several sockets for a name with several addresses. Raises ListenError."""
+    opened = _open(address, backlog)
+    for listening in opened:
+        listening.proxy_protocol = proxy_protocol
+    return opened
+
+
+def _open(address: ListenAddress, backlog: int) -> list[StreamSocket]:
     try:
         if address.folder:
             return [_open_unix(address, backlog)]
@@ -67,9 +76,9 @@ def open_sockets(address: ListenAddress, backlog: int) -> list[socket.socket]:
         raise ListenError(f"listen: {where}: {reason}") from error
 
 
-def _open_named(address: ListenAddress, backlog: int) -> list[socket.socket]:
+def _open_named(address: ListenAddress, backlog: int) -> list[StreamSocket]:
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    opened: list[socket.socket] = []
+    opened: list[StreamSocket] = []
     try:
         for family, where in dict.fromkeys((family, where) for family, _, _, _, where in found):
             opened.append(_open_tcp(family, where, backlog, v6_only=True))
@@ -80,7 +89,7 @@ def _open_named(address: ListenAddress, backlog: int) -> list[socket.socket]:
     return opened
 
 
-def _open_all_interfaces(address: ListenAddress, backlog: int) -> socket.socket:
+def _open_all_interfaces(address: ListenAddress, backlog: int) -> StreamSocket:
     """One socket for both address families, or for IPv4 alone where there is no other."""
     port = int(address.port) if address.port.isdigit() else socket.getservbyname(address.port, "tcp")
     if socket.has_dualstack_ipv6():
@@ -88,7 +97,7 @@ def _open_all_interfaces(address: ListenAddress, backlog: int) -> socket.socket:
     return _open_tcp(socket.AF_INET, ("0.0.0.0", port), backlog, v6_only=False)  # noqa: S104 (asked for)
 
 
-def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool, shares: bool = False) -> socket.socket:
+def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool, shares: bool = False) -> StreamSocket:
     listening = sockets.make(family)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -104,7 +113,7 @@ def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool, shares
     return listening
 
 
-def _open_unix(address: ListenAddress, backlog: int) -> socket.socket:
+def _open_unix(address: ListenAddress, backlog: int) -> StreamSocket:
     """Like PostgreSQL's, the socket may be used by everybody: who gets in is decided at login."""
     path = address.socket_path
     _remove_stale(path)
@@ -133,7 +142,7 @@ def _remove_stale(path: str) -> None:
             os.unlink(path)
 
 
-def open_again(listening: socket.socket, backlog: int) -> socket.socket:
+def open_again(listening: StreamSocket, backlog: int) -> StreamSocket:
     """Another socket for the same address, to which the kernel sends a share of the connections. Raises ListenError.
 
     For a Unix socket there is no such thing: it is the same one. So `listening` must not be closed before the other.
@@ -144,12 +153,14 @@ def open_again(listening: socket.socket, backlog: int) -> socket.socket:
     try:
         # Only now: whoever asked for it from the start would share a port with a stranger, and not be told.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        return _open_tcp(listening.family, listening.getsockname(), backlog, v6_only=v6_only, shares=True)
+        opened = _open_tcp(listening.family, listening.getsockname(), backlog, v6_only=v6_only, shares=True)
     except OSError as error:
         raise ListenError(f"listen: {describe(listening)}: {error.strerror}") from error
+    opened.proxy_protocol = listening.proxy_protocol
+    return opened
 
 
-def take_over(descriptor: int) -> socket.socket:
+def take_over(descriptor: int, *, proxy_protocol: bool = False) -> StreamSocket:
     """A listening socket that was opened by somebody else. Raises ListenError if it is none."""
     try:
         with socket.socket(fileno=os.dup(descriptor)) as found:
@@ -159,12 +170,23 @@ def take_over(descriptor: int) -> socket.socket:
         raise ListenError(f"listen: descriptor {descriptor} that was given: {error.strerror}") from error
     if not listens or not sockets.is_known(family):
         raise ListenError(f"listen: descriptor {descriptor} that was given is no socket that listens")
-    return sockets.make(family, descriptor)
+    taken = sockets.make(family, descriptor)
+    taken.proxy_protocol = proxy_protocol
+    return taken
+
+
+def is_at(listening: StreamSocket, address: ListenAddress) -> bool:
+    """Whether it listens there; of an address with a host, only if that is written as a number."""
+    if listening.family == socket.AF_UNIX:
+        return bool(address.folder) and listening.getsockname() == address.socket_path
+    host, port = listening.getsockname()[:2]
+    return not address.folder and address.port == str(port) and address.host in ("", host)
 
 
 def remove_file(path: str) -> None:
-    """Removes a Unix socket's file, if it is there."""
-    with contextlib.suppress(FileNotFoundError):
+    """Removes a Unix socket's file."""
+    # It may be gone, or its folder not be ours to write: whoever listens there next removes what is stale.
+    with contextlib.suppress(OSError):
         os.unlink(path)
 
 
@@ -176,8 +198,10 @@ def describe(listening: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def is_local(listening: socket.socket) -> bool:
-    """Whether nobody but this machine reaches it."""
+def is_local(listening: StreamSocket) -> bool:
+    """Whether nobody but this machine reaches it; whom a load balancer brings may come from anywhere."""
+    if listening.proxy_protocol:
+        return False
     if listening.family == socket.AF_UNIX:
         return True
     host: str = listening.getsockname()[0]
@@ -189,8 +213,8 @@ class Listener:
 
     def __init__(
         self,
-        listening: socket.socket,
-        accepted: Callable[[socket.socket, Any], None],
+        listening: StreamSocket,
+        accepted: Callable[[socket.socket, Any, bool], None],
         starved: Callable[[OSError], None],
         *,
         removes_file: bool = True,
@@ -218,7 +242,7 @@ class Listener:
                     return
                 # That one client is gone again: its reset came before its turn.
                 continue
-            self._accepted(connection, peer)
+            self._accepted(connection, peer, self._listening.proxy_protocol)
         self._at_once = min(2 * self._at_once, MOST_ACCEPTS_AT_ONCE)
 
     def _pause(self, error: OSError) -> None:

@@ -8,25 +8,32 @@ import socket
 from typing import Final
 
 
-class _Tcp4(socket.socket):
+class StreamSocket(socket.socket):
+    """`proxy_protocol`, of a listener: whether those it accepts begin with a header that says who they are."""
+
+    __slots__ = ("proxy_protocol",)
+    proxy_protocol: bool
+
+
+class _Tcp4(StreamSocket):
     __slots__ = ()
     family = socket.AF_INET
     type = socket.SOCK_STREAM
 
 
-class _Tcp6(socket.socket):
+class _Tcp6(StreamSocket):
     __slots__ = ()
     family = socket.AF_INET6
     type = socket.SOCK_STREAM
 
 
-class _Unix(socket.socket):
+class _Unix(StreamSocket):
     __slots__ = ()
     family = socket.AF_UNIX
     type = socket.SOCK_STREAM
 
 
-_OF_FAMILY: Final[dict[int, type[socket.socket]]] = {
+_OF_FAMILY: Final[dict[int, type[StreamSocket]]] = {
     socket.AF_INET: _Tcp4,
     socket.AF_INET6: _Tcp6,
     socket.AF_UNIX: _Unix,
@@ -38,7 +45,7 @@ def is_known(family: int) -> bool:
     return family in _OF_FAMILY
 
 
-def make(family: int, descriptor: int | None = None) -> socket.socket:
+def make(family: int, descriptor: int | None = None) -> StreamSocket:
     """A non-blocking stream socket: a new one, or that of a descriptor, which it owns."""
     made = _OF_FAMILY[family](family, socket.SOCK_STREAM, 0, descriptor)
     made.setblocking(False)

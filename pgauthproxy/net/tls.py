@@ -361,6 +361,17 @@ def fault_of(settings: TargetTls) -> str | None:
     return None
 
 
+def verifying_context(ca: str) -> ssl.SSLContext:
+    """TLS towards servers of other protocols, which must prove who they are; `ca` is a file, or empty for the system's.
+
+    Raises TlsConfigError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_authorities(context, ca or SYSTEM_ROOTS)
+    return context
+
+
 def build_target_context(settings: TargetTls) -> ssl.SSLContext:
     """Reads all files. Raises TlsConfigError."""
     # Certificates of targets will be read; loading this takes a tenth of a second, and this runs in a thread.

@@ -209,16 +209,14 @@ class LogSink:
     def _write(self, at: float, event: Event) -> None:
         match event:
             case LoggedIn():
-                self._logger.info("login", at=at, **_login(event))
+                self._logger.info("login", at=at, **login_facts(event, printable))
             case Refused():
                 level = "info" if event.fault.whose == "client" else "warning"
-                getattr(self._logger, level)("refused", at=at, **_who(event), **_reason(event.fault))
+                getattr(self._logger, level)("refused", at=at, **refusal_facts(event, printable))
             case Ended():
-                self._logger.info("session ended", at=at, **_end(event))
+                self._logger.info("session ended", at=at, **end_facts(event, printable))
             case Cancelled():
-                self._logger.info(
-                    "cancel request", at=at, client=event.address, session=event.session, outcome=event.outcome
-                )
+                self._logger.info("cancel request", at=at, **cancel_facts(event))
             case AuthenticatorSaid():
                 for line in event.lines:
                     self._logger.warning("authenticator says", at=at, session=event.session, text=printable(line))
@@ -230,14 +228,18 @@ class LogSink:
                 getattr(self._logger, event.level)(event.what, at=at, **dict(event.facts))
 
 
-def _login(event: LoggedIn) -> dict[str, object]:
+Text = Callable[[bytes | str], str]
+"""Makes text of what came from outside."""
+
+
+def login_facts(event: LoggedIn, text: Text) -> dict[str, object]:
     attached = event.attached
     granted = attached.granted
     return {
-        **_identity(granted.started),
+        **_identity(granted.started, text),
         "target": str(attached.reached),
-        "target_user": printable(granted.mapping.user),
-        "target_database": printable(granted.mapping.database),
+        "target_user": text(granted.mapping.user),
+        "target_database": text(granted.mapping.database),
         **({"target_tls": attached.encryption.version} if attached.encryption is not None else {}),
         "authenticator_ms": _milliseconds(granted.authenticator_seconds),
         "connect_ms": _milliseconds(attached.connect_seconds),
@@ -246,36 +248,44 @@ def _login(event: LoggedIn) -> dict[str, object]:
     }
 
 
-def _end(event: Ended) -> dict[str, object]:
+def end_facts(event: Ended, text: Text) -> dict[str, object]:
     return {
         "session": event.session,
         "why": event.reason.value,
-        **({"detail": printable(event.detail)} if event.detail else {}),
+        **({"detail": text(event.detail)} if event.detail else {}),
         "bytes_from_client": event.bytes_from_client,
         "bytes_from_target": event.bytes_from_target,
         "seconds": round(event.seconds, 3),
     }
 
 
-def _who(event: Refused) -> dict[str, str]:
+def refusal_facts(event: Refused, text: Text) -> dict[str, object]:
+    return {**_who(event, text), **_reason(event.fault, text)}
+
+
+def cancel_facts(event: Cancelled) -> dict[str, object]:
+    return {"client": event.address, "session": event.session, "outcome": event.outcome}
+
+
+def _who(event: Refused, text: Text) -> dict[str, str]:
     if event.started is not None:
-        return _identity(event.started)
+        return _identity(event.started, text)
     return {"session": event.accepted.session, "client": event.accepted.address}
 
 
-def _identity(started: Started) -> dict[str, str]:
+def _identity(started: Started, text: Text) -> dict[str, str]:
     identity = {
         "session": started.accepted.session,
         "client": started.accepted.address,
-        "user": printable(started.user),
-        "database": printable(started.database),
+        "user": text(started.user),
+        "database": text(started.database),
     }
     if started.encryption is not None:
         identity["tls"] = started.encryption.version
         if started.encryption.certificate is not None:
-            identity["certificate"] = printable(started.encryption.certificate.subject)
+            identity["certificate"] = text(started.encryption.certificate.subject)
     return identity
 
 
-def _reason(fault: Fault) -> dict[str, str]:
-    return {"sqlstate": fault.sqlstate, "fault_of": fault.whose, "reason": printable(fault.detail or "")}
+def _reason(fault: Fault, text: Text) -> dict[str, str]:
+    return {"sqlstate": fault.sqlstate, "fault_of": fault.whose, "reason": text(fault.detail or "")}

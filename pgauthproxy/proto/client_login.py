@@ -1,12 +1,21 @@
 """The login of a client, the gateway being the server (PostgreSQL manual, "Message Flow", Start-up)."""
 
+import json
 import re
 from typing import Final
 
 import msgspec
 
 from pgauthproxy import _wire
-from pgauthproxy.errors import INVALID_AUTHORIZATION, PROTOCOL_VIOLATION, ClientFault, FrameError, wrong_password
+from pgauthproxy.errors import (
+    FEATURE_NOT_SUPPORTED,
+    INVALID_AUTHORIZATION,
+    PROTOCOL_VIOLATION,
+    ClientFault,
+    FrameError,
+    refused_token,
+    wrong_password,
+)
 from pgauthproxy.proto import messages, scram
 from pgauthproxy.proto.startup import CARRIAGE_RETURN, LINE_FEED
 from pgauthproxy.proto.steps import Login, next_message
@@ -15,6 +24,12 @@ from pgauthproxy.stages import Attached
 
 NO_SALT: Final = bytes(4)
 MD5_ANSWER: Final = re.compile(rb"md5[0-9a-f]{32}")
+OAUTHBEARER: Final = b"OAUTHBEARER"
+# RFC 7628, section 3.1, and RFC 6750, section 2.1.
+SEPARATOR: Final = b"\x01"
+PAIR_NAME: Final = re.compile(rb"[A-Za-z]+")
+PAIR_VALUE: Final = re.compile(rb"[\x21-\x7e \t\r\n]*")
+BEARER: Final = re.compile(rb"bearer +([A-Za-z0-9\-._~+/]+=*)", re.IGNORECASE)
 
 
 class Proof(msgspec.Struct, frozen=True):
@@ -75,6 +90,74 @@ def receive_scram(
         raise ClientFault(PROTOCOL_VIOLATION, "malformed SCRAM message", f"malformed SCRAM message: {error}") from error
     yield messages.authentication(messages.AUTH_SASL_FINAL, server_final)
     return keys
+
+
+def receive_oauthbearer(framer: _wire.Framer, user: bytes, token_error: bytes, max_message: int) -> Login[Secret]:
+    """Asks for a bearer token (RFC 7628). A client that has none is told where tokens are given, and is refused."""
+    try:
+        yield messages.authentication(messages.AUTH_SASL, OAUTHBEARER + b"\0\0")
+        framer.allow({messages.PASSWORD_MESSAGE: max_message})
+        _, body = yield from next_message(framer)
+        mechanism, data = messages.parse_sasl_initial_response(body)
+        if mechanism != OAUTHBEARER:
+            raise FrameError("a SASL mechanism that was not offered")
+        if data is None:
+            yield messages.authentication(messages.AUTH_SASL_CONTINUE)
+            _, data = yield from next_message(framer)
+        authorization = _authorization(data)
+    except FrameError as error:
+        raise _malformed_token(error) from error
+    token = BEARER.fullmatch(authorization)
+    if token is None:
+        yield from refuse_oauthbearer(framer, token_error, max_message)
+        raise refused_token(user, "no bearer token" if authorization else "the client asks where tokens are given")
+    return Secret(token[1])
+
+
+def refuse_oauthbearer(framer: _wire.Framer, token_error: bytes, max_message: int) -> Login[None]:
+    """Says in RFC 7628's way that a token will not do: the client has to answer that before it is refused for good."""
+    try:
+        yield messages.authentication(messages.AUTH_SASL_CONTINUE, token_error)
+        framer.allow({messages.PASSWORD_MESSAGE: max_message})
+        _, data = yield from next_message(framer)
+        if data != SEPARATOR:
+            raise FrameError("more than a separator in answer to an error")
+    except FrameError as error:
+        raise _malformed_token(error) from error
+
+
+def token_error(issuer: str, scope: str) -> bytes:
+    """What a client without a good token is told: where the issuer says how tokens are given, and what to ask for."""
+    well_known = issuer if "/.well-known/" in issuer else issuer.rstrip("/") + "/.well-known/openid-configuration"
+    return json.dumps({"status": "invalid_token", "openid-configuration": well_known, "scope": scope}).encode()
+
+
+def _authorization(data: bytes) -> bytes:
+    """The value of `auth` in a client's message: `n,,`, then `key=value` pairs, each with a separator at both ends."""
+    flag, comma, rest = data.partition(b",")
+    identity, second_comma, pairs = rest.partition(b",")
+    if flag not in (b"n", b"y") or not comma or not second_comma:
+        raise FrameError("no header, or one that binds the channel")
+    if identity.startswith(b"a="):
+        what = "client uses authorization identity, but it is not supported"
+        raise ClientFault(FEATURE_NOT_SUPPORTED, what)
+    *fields, behind = pairs[1:-1].split(SEPARATOR)
+    if identity or len(pairs) < 2 or not pairs.startswith(SEPARATOR) or not pairs.endswith(SEPARATOR) or behind:
+        raise FrameError("a separator is missing, or something stands where none may")
+    found: list[bytes] = []
+    for field in fields:
+        name, equals, value = field.partition(b"=")
+        if not equals or not PAIR_NAME.fullmatch(name) or not PAIR_VALUE.fullmatch(value):
+            raise FrameError("a key or value that is none")
+        if name == b"auth":
+            found.append(value)
+    if len(found) != 1:
+        raise FrameError("not exactly one auth value")
+    return found[0]
+
+
+def _malformed_token(error: FrameError) -> ClientFault:
+    return ClientFault(PROTOCOL_VIOLATION, "malformed OAUTHBEARER message", f"malformed OAUTHBEARER message: {error}")
 
 
 def _password(framer: _wire.Framer, max_message: int) -> Login[bytes]:

@@ -26,6 +26,8 @@ META = st.sampled_from(
         b"_META_TARGET_HOST",
         b"_META_TARGET_CRED",
         b"_META_SESSION_SECONDS",
+        b"_META_IDLE_TIMEOUT",
+        b"_META_IDLE_IN_TRANSACTION_TIMEOUT",
         b"_META_SOURCE_VERIFIER",
         b"_SOURCE_X",
         *fields.TARGET_TLS,

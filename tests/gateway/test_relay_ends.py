@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgauthproxy._relay import End, ForwardBuffer, join
+from pgauthproxy._observe import Observer
+from pgauthproxy._relay import End, ForwardBuffer, ObservedEnd, join
 from pgauthproxy._tls import Channel
 from pgauthproxy.errors import TlsError
 from tests.channels import Renegotiating, shaken
@@ -53,6 +54,7 @@ class Side:
         faces_target: bool,
         tls: tuple[Channel, Channel] | None,
         full: bool,
+        observer: Observer | None = None,
     ) -> None:
         self.socket, self.peer = socket.socketpair()
         for each in (self.socket, self.peer):
@@ -64,7 +66,8 @@ class Side:
         self.transport = RecordingTransport(None if full else self.socket)
         self.transport.reading = False
         self.buffer = buffer
-        self.end = End(owner, self.transport, self.socket.fileno(), faces_target, buffer, self.tls)
+        facts = (owner, self.transport, self.socket.fileno(), faces_target, buffer, self.tls)
+        self.end = End(*facts) if observer is None else ObservedEnd(*facts, observer)
         self.opposite = self
         self._arrived = self._heard = b""
 
@@ -106,7 +109,10 @@ class Side:
 
 
 class Pair:
-    """A session's two ends. A side speaks TLS if it is given a version of that, or channels: its own and its peer's."""
+    """A session's two ends. A side speaks TLS if it is given a version of that, or channels: its own and its peer's.
+
+    If there is an observer, it follows both.
+    """
 
     def __init__(
         self,
@@ -118,6 +124,7 @@ class Pair:
         size: int = BUFFER,
         buffer: ForwardBuffer | None = None,
         full: str = "",
+        observer: Observer | None = None,
     ) -> None:
         self.owner = Owner()
         buffer = buffer or ForwardBuffer(size)
@@ -126,8 +133,12 @@ class Pair:
             client, server = shaken(client_tls)
             client_channels = server, client
         target_channels = shaken(target_tls) if target_tls else None
-        self.client = Side(self.owner, buffer, faces_target=False, tls=client_channels, full=full == "client")
-        self.target = Side(self.owner, buffer, faces_target=True, tls=target_channels, full=full == "target")
+        self.client = Side(
+            self.owner, buffer, faces_target=False, tls=client_channels, full=full == "client", observer=observer
+        )
+        self.target = Side(
+            self.owner, buffer, faces_target=True, tls=target_channels, full=full == "target", observer=observer
+        )
         self.client.opposite, self.target.opposite = self.target, self.client
         join(self.client.end, self.target.end)
         if started:

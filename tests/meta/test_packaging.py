@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -76,6 +77,10 @@ def test_every_file_that_is_no_python_is_declared(project: dict[str, Any]) -> No
     for file in (ROOT / "examples").iterdir():
         if file.is_file() and file.suffix != ".py":
             assert any(file.match(pattern) for pattern in declared["pgauthproxy.examples"]), file
+    for file in (ROOT / "docs").iterdir():
+        in_sdist = re.search(r"^recursive-include docs (.+)$", manifest, re.MULTILINE)
+        assert in_sdist is not None
+        assert any(file.match(pattern) for pattern in in_sdist[1].split()), file
     for name in ("CHANGELOG.md", "LICENSE", "SECURITY.md"):
         assert name in manifest
 
@@ -95,13 +100,23 @@ def imported(folder: Path) -> set[str]:
 def required(requirements: list[str]) -> set[str]:
     """The import names of what is required."""
     names = {re.split(r"[\[><=]", requirement)[0] for requirement in requirements}
-    return {{"PyYAML": "yaml"}.get(name, name.replace("-", "_")) for name in names}
+    return {{"PyYAML": "yaml", "PyJWT": "jwt"}.get(name, name.replace("-", "_")) for name in names}
 
 
 def test_what_is_imported_is_required(project: dict[str, Any]) -> None:
     dependencies, extras = project["project"]["dependencies"], project["project"]["optional-dependencies"]
-    assert imported(PACKAGE) <= required(dependencies)
+    for_users = [name for extra in extras if extra not in ("test", "lint") for name in extras[extra]]
+    assert imported(PACKAGE) <= required(dependencies + for_users)
     assert imported(ROOT / "tests") <= required(dependencies + extras["test"])
+
+
+def test_without_any_extra_it_can_be_imported(project: dict[str, Any]) -> None:
+    extras = project["project"]["optional-dependencies"]
+    optional = [name for extra in extras if extra not in ("test", "lint") for name in extras[extra]]
+    absent = required(optional) - required(project["project"]["dependencies"])
+    code = f"import sys; sys.modules.update(dict.fromkeys({sorted(absent)})); import pgauthproxy.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_python_versions_are_the_same_everywhere(project: dict[str, Any]) -> None:

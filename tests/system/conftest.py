@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from pgauthproxy.throwaway import UNPRIVILEGED_USER, ThrowawayPostgres
-from tests.conftest import HBA, ROLES, WAIT_SECONDS, Gateway, StartGateway
+from tests.conftest import HBA, ROLES, SETTINGS, WAIT_SECONDS, Gateway, StartGateway
 from tests.tls import HOST, Authority
 from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, message, password, query, startup
 
@@ -76,7 +76,7 @@ def write_mapped(script: Path, port: int) -> Path:
 def running_gateway(folder: Path, cmd: Path, **settings: Any) -> Iterator[Gateway]:
     """A gateway that lives as long as the block; it must end with status 0 and without an internal error."""
     authenticator = {"cmd": [str(cmd)], **settings.pop("authenticator", {})}
-    content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": authenticator, **settings}
+    content = {**SETTINGS, "authenticator": authenticator, **settings}
     config, log = folder / "gateway.yaml", folder / "gateway.log"
     config.write_text(yaml.safe_dump(content))
     command = [sys.executable, "-m", "pgauthproxy", "--config", str(config), "--log-format", "json"]
@@ -95,6 +95,18 @@ def running_gateway(folder: Path, cmd: Path, **settings: Any) -> Iterator[Gatewa
     assert status == 0, written
     assert "internal error" not in written, written
     assert "Traceback" not in written, written
+
+
+LOADED_ANEW = "authenticator loaded anew"
+NOT_LOADED = "authenticator not loaded, the old one stays"
+
+
+def reload(gateway: Gateway, what: str = LOADED_ANEW) -> dict[str, Any]:
+    """Asks for everything to be read anew; what the log says of the authenticator then."""
+    count = len(gateway.log_lines(what))
+    gateway.process.send_signal(signal.SIGHUP)
+    gateway.wait_for(what, count + 1)
+    return gateway.log_lines(what)[-1]
 
 
 @pytest.fixture(scope="module", params=["md5", "cleartext"])
@@ -481,13 +493,18 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs pgauthproxy in a folder of its own until it ends."""
+    """Runs pgauthproxy in a folder of its own until it ends; `typed` is what it reads."""
 
     def start(
-        *arguments: str, before: Sequence[str] = (), descriptors: Sequence[int] = (), **variables: str
+        *arguments: str,
+        before: Sequence[str] = (),
+        descriptors: Sequence[int] = (),
+        typed: str = "",
+        **variables: str,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*before, *MODULE, *arguments],
+            input=typed,
             capture_output=True,
             text=True,
             cwd=tmp_path,

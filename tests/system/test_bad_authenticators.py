@@ -125,6 +125,14 @@ def test_one_that_dies_of_a_signal_lets_nobody_in(rewritable: Rewritable, target
     assert refused(rewritable, target, "28P01") == f"authenticator died of SIG{number}"
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_one_that_says_that_it_failed_has_not_refused(
+    rewritable: Rewritable, target: ScriptedTarget, status: int
+) -> None:
+    rewritable.prints(mapping(target) + b"_META_FAILED=no directory: \xff\n", f"exit {status}")
+    assert refused(rewritable, target) == r"authenticator failed: no directory: \xff"
+
+
 # It does not come to an end
 
 

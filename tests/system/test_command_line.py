@@ -15,19 +15,12 @@ import pytest
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS
-from tests.system.conftest import (
-    MODULE,
-    Run,
-    Serve,
-    assert_one_clear_line,
-    configure,
-    environment,
-    write_mapped,
-)
+from tests.system.conftest import MODULE, Run, Serve, assert_one_clear_line, configure, environment, write_mapped
 from tests.wire import RawClient, password, startup
 
 COMMAND = [str(Path(sys.executable).parent / "pgauthproxy")]
 AUTH_CLEARTEXT, AUTH_MD5 = b"\0\0\0\x03", b"\0\0\0\x05"
+
 
 # Flags
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pgauthproxy.throwaway import ThrowawayPostgres, free_port
-from tests.conftest import Gateway
+from tests.conftest import SETTINGS, Gateway
 from tests.system.conftest import wait_until
 from tests.wire import RESET_ON_CLOSE, SSL_REQUEST, RawClient, error_fields, message, password, query, startup
 
@@ -139,6 +139,19 @@ def canceled(port: int) -> None:
                 assert canceller.read_to_end() == b""
 
 
+def ended_by_a_rule(port: int) -> None:
+    with RawClient(port) as client:
+        client.log_in(user="idler")
+        assert client.read_fatal()[0] == "57P05"
+
+
+def gone_before_a_rule_ends_it(port: int) -> None:
+    with RawClient(port) as client:
+        client.log_in(user="lazy")
+        client.send(query("select 1"))
+        client.read_until(b"Z")
+
+
 KINDS: dict[str, tuple[Callable[[int], None], ...]] = {
     "that log in": (normal, scram),
     "that are refused": (refused, denied, malformed, nonsense),
@@ -150,6 +163,7 @@ KINDS: dict[str, tuple[Callable[[int], None], ...]] = {
         aborted_in_an_answer,
     ),
     "that are canceled": (canceled,),
+    "that rules concern": (ended_by_a_rule, gone_before_a_rule_ends_it),
 }
 
 
@@ -166,16 +180,18 @@ def left_by(tmp_path: Path, postgres: ThrowawayPostgres) -> Callable[..., Left]:
         "user=unwelcome) role=clear ;;\n"
         "user=scrammed) role=scrammed ;;\n"
         "user=nonsense) exit 0 ;;\n"
+        "user=idler) echo _META_IDLE_TIMEOUT=0.01 ;;\n"
+        "user=lazy) echo _META_IDLE_TIMEOUT=600 ;;\n"
         "esac; done\n"
         'echo "_META_TARGET_HOST=127.0.0.1:$port"; echo "user=$role"; echo database=postgres\n'
         'echo "_META_TARGET_CRED=scram secret"\n'
     )
     script.chmod(0o755)
 
-    def run(kinds: tuple[Callable[[int], None], ...], sessions: int) -> Left:
+    def run(kinds: tuple[Callable[[int], None], ...], sessions: int, **settings: object) -> Left:
         config, log, counted = (tmp_path / f"{sessions}.{name}" for name in ("yaml", "log", "counted"))
         authenticator = {"cmd": str(script), "max_parallel": MAX_PARALLEL}
-        content = {"listen": "127.0.0.1:0", "drain_timeout": 1, "authenticator": authenticator}
+        content = {**SETTINGS, "authenticator": authenticator, **settings}
         config.write_text(yaml.safe_dump(content))
         flags = ["--config", str(config), "--log-format", "json"]
         with log.open("wb") as output:
@@ -206,5 +222,13 @@ def left_by(tmp_path: Path, postgres: ThrowawayPostgres) -> Callable[..., Left]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_sessions_leave_nothing_for_the_collector(left_by: Callable[..., Left], kind: str) -> None:
     few, many = left_by(KINDS[kind], FEW), left_by(KINDS[kind], MANY)
+    assert many.unreachable <= few.unreachable + STRAY
+    assert many.alive <= few.alive + STRAY
+
+
+def test_audited_sessions_leave_nothing_for_the_collector(left_by: Callable[..., Left]) -> None:
+    kinds = (*KINDS["that log in"], *KINDS["that are refused"])
+    audited = {"audit": {"file": "/dev/null", "required": True, "statements": True}}
+    few, many = left_by(kinds, FEW, **audited), left_by(kinds, MANY, **audited)
     assert many.unreachable <= few.unreachable + STRAY
     assert many.alive <= few.alive + STRAY

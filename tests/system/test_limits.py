@@ -12,18 +12,40 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import Gateway, StartGateway, WriteAuthenticator
-from tests.system.conftest import STEPS, Holding, assert_serves, wait_until
-from tests.wire import RESET_ON_CLOSE, RawClient, ScriptedTarget, greet, message, password, query, raw_startup, startup
+from tests.system.conftest import (
+    STEPS,
+    Holding,
+    Run,
+    assert_one_clear_line,
+    assert_serves,
+    configure,
+    wait_until,
+)
+from tests.wire import (
+    RESET_ON_CLOSE,
+    RawClient,
+    ScriptedTarget,
+    cancel_request,
+    greet,
+    message,
+    password,
+    query,
+    raw_startup,
+    startup,
+)
 
 MEGABYTE = 1024 * 1024
 TIMED_OUT = ("28000", "canceling authentication due to timeout")
 TOO_MANY = ("53300", "sorry, too many clients already")
 LEFT = "client left during its login"
 FEW_DESCRIPTORS = 200
+
+ROOT: dict[str, Any] = {"admin": {"users": ["root"]}}
 
 StartHolding = Callable[..., Holding]
 
@@ -94,7 +116,7 @@ def test_a_client_that_pours_behind_its_password_is_held_up_and_takes_no_memory(
 
 @pytest.mark.parametrize("where", STEPS)
 def test_a_login_that_takes_too_long_ends_wherever_it_is(holding: StartHolding, where: str) -> None:
-    held = holding(login_timeout=1)
+    held = holding(login_timeout=1, max_clients=1, max_clients_per_user=1, max_clients_per_address=1)
     with RawClient(held.port) as client:
         held.bring(client, STEPS[where])
         assert client.read_fatal() == TIMED_OUT
@@ -172,6 +194,111 @@ def test_who_says_nothing_takes_no_clients_place(start_gateway: StartGateway, ma
         second.log_in()
         first.assert_served()
         second.assert_served()
+
+
+# Users and addresses
+
+
+def test_a_user_has_no_more_places_than_allowed(start_gateway: StartGateway, mapped: Path) -> None:
+    gateway = start_gateway(mapped, max_clients_per_user=1)
+    with RawClient(gateway.port) as first, RawClient(gateway.port, source="127.0.0.2") as second:
+        first.log_in(user="alice")
+        second.send(startup(user="alice") + password())
+        second.read_message()
+        assert second.read_fatal() == TOO_MANY
+        line = gateway.wait_for("refused", sqlstate="53300")
+        assert (line["user"], line["reason"]) == ("alice", "1 clients of this user (max_clients_per_user)")
+        assert_serves(gateway.port, user="bob")
+        first.send(message(b"X"))
+        gateway.wait_for("session ended", count=2)
+        assert_serves(gateway.port, user="alice")
+
+
+def test_whoever_only_says_to_be_a_user_takes_none_of_its_places(start_gateway: StartGateway, mapped: Path) -> None:
+    gateway = start_gateway(mapped, max_clients_per_user=1)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            claims = stack.enter_context(RawClient(gateway.port))
+            claims.send(startup(user="alice"))
+            assert claims.read_message()[0] == b"R"
+        assert_serves(gateway.port, user="alice")
+
+
+def test_an_address_has_no_more_places_than_allowed(start_gateway: StartGateway, mapped: Path) -> None:
+    gateway = start_gateway(mapped, max_clients_per_address=2)
+    with RawClient(gateway.port) as first, RawClient(gateway.port) as second:
+        key = next(body for kind, body in first.log_in() if kind == b"K")
+        second.send(startup(user="bob"))
+        assert second.read_message()[0] == b"R"
+        with RawClient(gateway.port) as third:
+            third.send(startup(user="carol"))
+            assert third.read_fatal() == TOO_MANY
+        line = gateway.wait_for("refused", sqlstate="53300")
+        assert line["reason"] == "2 clients of this address (max_clients_per_address)"
+        with RawClient(gateway.port) as canceller:
+            canceller.send(cancel_request(key))
+            assert canceller.read_to_end() == b""
+        assert gateway.wait_for("cancel request")["outcome"] == "passed on"
+        with RawClient(gateway.port, source="127.0.0.2") as elsewhere:
+            elsewhere.log_in()
+        second.socket.close()
+        gateway.wait_for("refused", user="bob", reason=LEFT)
+        assert_serves(gateway.port)
+
+
+def test_places_are_kept_for_users_that_prove_who_they_are(start_gateway: StartGateway, mapped: Path) -> None:
+    gateway = start_gateway(mapped, max_clients=2, reserved_clients=1, admin={"users": ["mallory", "root"]})
+    with RawClient(gateway.port) as first, RawClient(gateway.port) as claims, RawClient(gateway.port) as admin:
+        first.log_in()
+        with RawClient(gateway.port) as second:
+            second.send(startup())
+            assert second.read_fatal() == TOO_MANY
+        line = gateway.wait_for("refused", sqlstate="53300")
+        assert line["reason"] == "1 clients (max_clients), 1 kept free (reserved_clients)"
+        # It may go on, and takes nothing by that.
+        claims.send(startup(user="mallory"))
+        assert claims.read_message()[0] == b"R"
+        admin.log_in(user="root")
+        admin.assert_served()
+        claims.send(password())
+        assert claims.read_fatal()[0] == "28P01"
+        with RawClient(gateway.port) as another:
+            another.send(startup(user="root") + password())
+            another.read_message()
+            assert another.read_fatal() == TOO_MANY
+        gateway.wait_for("refused", reason="2 clients (max_clients), none kept free any more")
+
+
+def test_every_way_out_gives_places_back(holding: StartHolding) -> None:
+    held = holding(max_clients=2, max_clients_per_user=1, max_clients_per_address=2, reserved_clients=1, **ROOT)
+    for user in ("alice", "root"):
+        assert_serves(held.port, user=user)
+        held.wait_until_clean()
+        with RawClient(held.port) as client:
+            client.send(startup(user=user) + password("not an MD5"))
+            client.read_message()
+            assert client.read_fatal()[0] == "28P01"
+        held.wait_until_clean()
+        with RawClient(held.port) as client:
+            client.log_in(user=user)
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        held.wait_until_clean()
+        assert_serves(held.port, user=user)
+        held.wait_until_clean()
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"reserved_clients": 1}, "reserved_clients: needs admin.users"),
+        (ROOT | {"max_clients": 5, "reserved_clients": 5}, "reserved_clients: leaves nothing of max_clients"),
+    ],
+)
+def test_a_reserve_that_makes_no_sense_stops_the_start(
+    folder: Path, run: Run, settings: dict[str, Any], fault: str
+) -> None:
+    configure(folder, **settings)
+    assert_one_clear_line(run(), fault)
 
 
 # Logins at once
@@ -256,6 +383,17 @@ def test_few_descriptors_mean_few_clients_and_a_warning(start_gateway: StartGate
     assert not gateway.log_lines("accepting pauses")
 
 
+@pytest.mark.parametrize("links", [(100,), (40, 60)])
+def test_connections_to_services_count_as_descriptors(links: tuple[int, ...], start_gateway: StartGateway) -> None:
+    chain = [{"http": {"url": "http://localhost:1/", "max_in_flight": number}} for number in links]
+    settings = chain[0] if len(chain) == 1 else {"chain": chain}
+    gateway = start_gateway(
+        [], before=limited_to(FEW_DESCRIPTORS), authenticator=settings, max_clients=20, max_logins=9
+    )
+    # Of 200, 64 are for itself and 100 for the services.
+    assert gateway.wait_for("max_clients lowered to what the limit on descriptors allows")["max_clients"] == 13
+
+
 def test_enough_descriptors_mean_no_warning(start_gateway: StartGateway, mapped: Path) -> None:
     gateway = start_gateway(mapped, before=limited_to(FEW_DESCRIPTORS), max_clients=10, max_logins=10)
     assert not [line for line in gateway.log_lines() if line["level"] == "warning"]
@@ -324,7 +462,7 @@ def test_running_out_of_descriptors_at_any_step_costs_that_login_alone(
 def test_a_client_that_goes_at_any_step_leaves_nothing_behind(
     holding: StartHolding, where: str, *, reset: bool
 ) -> None:
-    held = holding(max_clients=1, max_logins=1)
+    held = holding(max_clients=1, max_logins=1, max_clients_per_user=1, max_clients_per_address=1)
 
     def come_and_go() -> None:
         with RawClient(held.port) as client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -411,7 +412,8 @@ def test_a_certificate_that_does_not_fit_is_none_of_the_clients_business(
         lines | {"_META_TARGET_CERT": str(unknown.cert), "_META_TARGET_KEY": str(unknown.key)}
     )
     assert error["C"] in ("08001", "08006")
-    assert "UNKNOWN_CA" in reason
+    # The server's alert is lost where its reset comes first: it does not wait for what was under way to it.
+    assert re.search("UNKNOWN_CA|reset by peer", reason)
 
 
 # Falling back

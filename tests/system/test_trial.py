@@ -49,6 +49,7 @@ echo _META_TARGET_HOST=db7:5433
 echo "_META_TARGET_PASSWORD=target secret"
 echo user=reader
 echo _META_SESSION_SECONDS=60
+echo _META_IDLE_TIMEOUT=0
 """
 
 
@@ -65,6 +66,7 @@ def test_it_shows_what_was_sent_and_what_was_answered_but_no_secret(trial: Try) 
         "  user=reader",
         "  credential: a password, ***",
         "  session_seconds=60",
+        "  idle_timeout=0",
         "let in",
     ):
         assert line in done.stdout.splitlines()
@@ -111,6 +113,26 @@ def test_connecting_tells_where_that_was(trial: Try, postgres: ThrowawayPostgres
     refused = trial("echo _META_TARGET_HOST=127.0.0.1:1\necho user=postgres", "--connect")
     assert refused.returncode == 2
     assert "target not reachable" in refused.stdout
+
+
+def test_a_function_is_asked_as_a_command_is(trial: Try, tmp_path: Path) -> None:
+    (tmp_path / "who.py").write_text(
+        "from pgauthproxy.authenticator import Denied, Mapping\n"
+        "def main(request):\n"
+        "    if not request.password_is('wonder land'):\n"
+        "        raise Denied('unknown user or wrong password')\n"
+        "    return Mapping('db7', 'reader', password='target secret')\n"
+    )
+    agreed = trial("", cmd=[], callable="who:main")
+    assert agreed.returncode == 0, agreed.stdout + agreed.stderr
+    for line in ("  user=alice", "  _SOURCE_CRED=***", "  host=db7:5432", "  user=reader", "let in"):
+        assert f"{line}\n" in agreed.stdout
+    assert "target secret" not in agreed.stdout
+    denied = trial("", cmd=[], callable="who:main", typed="another")
+    assert denied.returncode == 1
+    assert denied.stdout.endswith("refused: authenticator refused: unknown user or wrong password\n")
+    broken = trial("", cmd=[], callable="nobody:main")
+    assert (broken.returncode, broken.stdout[:8]) == (2, "broken: ")
 
 
 def test_no_terminal_echoes_the_password(trial: Try, tmp_path: Path) -> None:

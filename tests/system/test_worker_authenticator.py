@@ -41,6 +41,8 @@ while True:
         answer = b"_META_ERROR=not today\\n\\n"
     elif what == "wordless":
         answer = b"\\n"
+    elif what == "fails":
+        answer = b"_META_FAILED=no directory: \\xff\\n\\n"
     elif what == "twice":
         answer += answer
     elif what == "half":
@@ -124,6 +126,16 @@ def test_an_answer_without_a_target_refuses(single: Gateway, user: str, told: st
     assert error["C"] == "28P01"
     assert told in error["M"]
     assert reason == "authenticator worker refused"
+    let_in(single)
+    assert the_worker(single) == before
+
+
+def test_one_that_says_that_it_failed_has_not_refused_and_is_kept(single: Gateway) -> None:
+    let_in(single)
+    before = the_worker(single)
+    error, reason = refusal(single, f"fails-{new_user()}")
+    assert (error["C"], error["M"]) == ("58000", "authentication service failed")
+    assert reason == r"authenticator worker failed: no directory: \xff"
     let_in(single)
     assert the_worker(single) == before
 

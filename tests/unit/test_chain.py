@@ -19,10 +19,13 @@ AGREED = Mapping((Address("h", 1),), ((b"user", b"x"),), None)
 class Link:
     """Answers with a mapping, or raises."""
 
-    def __init__(self, answer: Mapping | Exception, at_start: Exception | None = None) -> None:
+    def __init__(
+        self, answer: Mapping | Exception, at_start: Exception | None = None, at_reload: Exception | None = None
+    ) -> None:
         self.life: list[str] = []
         self._answer = answer
         self._at_start = at_start
+        self._at_reload = at_reload
 
     async def start(self) -> None:
         if self._at_start is not None:
@@ -36,6 +39,8 @@ class Link:
         return self._answer
 
     async def reload(self) -> None:
+        if self._at_reload is not None:
+            raise self._at_reload
         self.life.append("reloaded")
 
     async def close(self) -> None:
@@ -97,3 +102,14 @@ def test_all_live_and_end_together() -> None:
 
     asyncio.run(live())
     assert [link.life for link in links] == [["started", "reloaded", "closed"]] * 2
+
+
+def test_a_link_that_cannot_be_reloaded_keeps_none_of_the_others_old() -> None:
+    first = Link(AGREED, at_reload=AuthenticatorConfigError("no file", "no key"))
+    second = Link(AGREED)
+    third = Link(AGREED, at_reload=AuthenticatorConfigError("no host"))
+    fourth = Link(AGREED)
+    with pytest.raises(AuthenticatorConfigError) as raised:
+        asyncio.run(chain(first, second, third, fourth).reload())
+    assert raised.value.faults == ("1 (link): no file", "1 (link): no key", "3 (link): no host")
+    assert (second.life, fourth.life) == (["reloaded"], ["reloaded"])

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+from pgauthproxy.auth.targets import TargetSpec
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
 from pgauthproxy.config.schema import CertificateSettings, Settings
@@ -118,17 +119,28 @@ def test_a_key_without_a_value_counts_as_not_set(loaded: Load) -> None:
 
 
 COMPANIONS = {
+    "audit.required": {"PGPROXY_AUDIT_FILE": "/some/where"},
+    "audit.statements": {"PGPROXY_AUDIT_FILE": "/some/where"},
     "tls.cert": {"PGPROXY_TLS_KEY": "a.key"},
     "tls.key": {"PGPROXY_TLS_CERT": "a.crt"},
     "tls.client_cert": {"PGPROXY_TLS_CLIENT_CA": "ca.crt"},
     "authenticator.kind": {"PGPROXY_AUTHENTICATOR_CMD": "one"},
     "authenticator.workers.min": {"PGPROXY_AUTHENTICATOR_WORKERS_MAX": "50"},
+    "reserved_clients": {"PGPROXY_ADMIN_USERS": "root"},
+    "group": {"PGPROXY_USER": "postgres"},
 }
 """What some settings cannot be without."""
 
 VALUES: dict[str, tuple[str, object]] = {
     "authenticator.cmd": ("one two", ["one", "two"]),
     "authenticator.chain": ("[{cmd: one}]", [schema.AuthenticatorSettings(cmd=["one"])]),
+    "authenticator.http.headers": ("{X-One: two}", {"X-One": "two"}),
+    "authenticator.targets": ("{db: {host: a, user: b}}", {"db": TargetSpec(host="a", user="b")}),
+    "authenticator.ldap.name_attribute": ("cn", "cn"),
+    "authenticator.ldap.rules": ("[{target: db}]", [schema.LdapRule(target="db")]),
+    "authenticator.ldap.max_parallel": ("42", 42),
+    "authenticator.jwt.algorithms": ("ES256,EdDSA", ["ES256", "EdDSA"]),
+    "authenticator.jwt.rules": ("[{target: db}]", [schema.JwtRule(target="db")]),
     "authenticator.max_parallel": ("42", 42),
     "authenticator.workers.min": ("42", 42),
     "authenticator.workers.max": ("42", 42),
@@ -198,6 +210,16 @@ def test_a_command_is_a_list_or_one_string_that_no_shell_reads(loaded: Load, con
 )
 def test_listen_is_one_address_or_several(loaded: Load, content: str, listen: list[str]) -> None:
     assert loaded(content).settings.listen == listen
+
+
+def test_one_of_several_addresses_may_be_a_mapping(loaded: Load) -> None:
+    content = "listen: ['127.0.0.1:5432', {Address: ':6432', PROXY_protocol: true}]\nproxy_protocol_from: 10.0.0.1"
+    settings = loaded(content).settings
+    assert [(each.address, each.proxy_protocol) for each in settings.listeners] == [
+        ("127.0.0.1:5432", False),
+        (":6432", True),
+    ]
+    assert settings.proxy_protocol_from == ["10.0.0.1"]
 
 
 @pytest.mark.parametrize(
@@ -285,6 +307,7 @@ def test_a_number_may_stand_in_quotes(loaded: Load) -> None:
         ("authenticator: {command: x}", "unknown key authenticator.command, did you mean authenticator.cmd?"),
         ("cleartext_password: true", "unknown key cleartext_password, did you mean authenticator.cleartext_password?"),
         ("listen: {port: 1}", "unknown key listen.port, did you mean listen?"),
+        ("listen: [{adress: ':1'}]", "listen: unknown key adress, did you mean address?"),
         ("Max_Client: 1", "unknown key max_client, did you mean max_clients?"),
         ("xyzzy: 1", "unknown key xyzzy"),
         ("1: 2", "unknown key 1"),

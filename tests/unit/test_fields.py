@@ -301,6 +301,27 @@ def test_the_life_of_a_session_is_a_number_of_seconds(text: bytes, seconds: floa
     assert fields.decode_mapping(output, MAX_LINES).session_seconds == seconds
 
 
+IDLE_FIELDS = [
+    (b"_META_IDLE_TIMEOUT", "idle_timeout"),
+    (b"_META_IDLE_IN_TRANSACTION_TIMEOUT", "idle_in_transaction_timeout"),
+]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [(b"", None), (b"0", 0.0), (b"0.5", 0.5), (b"1e3", 1000.0)])
+@pytest.mark.parametrize(("name", "field"), IDLE_FIELDS)
+def test_how_long_a_session_may_idle_is_a_number_of_seconds_or_zero(
+    name: bytes, field: str, text: bytes, seconds: float | None
+) -> None:
+    assert getattr(fields.decode_mapping(ANSWER + name + b"=" + text, MAX_LINES), field) == seconds
+
+
+@pytest.mark.parametrize("text", [b"-1", b"nan", b"inf", b"1e9", b"5min"])
+@pytest.mark.parametrize(("name", "field"), IDLE_FIELDS)
+def test_idling_for_what_is_no_time_is_nonsense_that_is_not_quoted(name: bytes, field: str, text: bytes) -> None:
+    with pytest.raises(NonsenseError, match=rf"^{name.decode()} is no number of seconds$"):
+        fields.decode_mapping(ANSWER + name + b"=" + text, MAX_LINES)
+
+
 @pytest.mark.parametrize("text", [b"0", b"-1", b"nan", b"inf", b"-inf", b"1e9", b"1h", b"\xff", b"1,5", b"9" * 5000])
 def test_a_life_that_is_no_positive_number_is_nonsense_that_is_not_quoted(text: bytes) -> None:
     with pytest.raises(NonsenseError, match=r"^_META_SESSION_SECONDS is no number of seconds$"):
@@ -321,6 +342,21 @@ def test_a_life_that_is_no_positive_number_is_nonsense_that_is_not_quoted(text: 
 )
 def test_a_refusal_says_what_it_wants_if_it_can_be_read(output: bytes, told: bytes | None) -> None:
     assert fields.decode_error(output, MAX_LINES) == told
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (b"", None),
+        (b"_META_ERROR=x\n", None),
+        (b"_META_FAILED=\n", b""),
+        (ANSWER + b"_META_FAILED=no directory\n", b"no directory"),
+        (b"_META_FAILED=x\n\0", None),
+        (b"\n" * MAX_LINES + b"_META_FAILED=x\n", None),
+    ],
+)
+def test_a_failure_is_told_apart_from_a_refusal_if_it_can_be_read(output: bytes, said: bytes | None) -> None:
+    assert fields.decode_failure(output, MAX_LINES) == said
 
 
 @pytest.mark.parametrize(

@@ -434,6 +434,21 @@ def unverifying() -> ssl.SSLContext:
     return context
 
 
+@pytest.mark.parametrize(("wish", "cheap"), [("none", True), ("optional", False), ("require", False)])
+def test_a_server_that_has_answered_is_past_the_costly_unless_it_asks_for_a_certificate(
+    tmp_path: Path, ca: str, wish: str, cheap: bool
+) -> None:
+    server = client_side(issued(tmp_path), client_ca=ca, client_cert=wish).open()
+    client = asking_for(None)
+    hello = client.handshake(b"")
+    assert not server.past_the_costly
+    assert server.handshake(hello[:20]) == b""
+    assert not server.past_the_costly
+    assert server.handshake(hello[20:])
+    assert server.past_the_costly is cheap
+    assert not client.past_the_costly
+
+
 def test_what_is_spoken_with_a_client_is_known(tmp_path: Path) -> None:
     files = issued(tmp_path)
     client = asking_for(NAME, context=client_context())

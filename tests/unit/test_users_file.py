@@ -18,6 +18,7 @@ from pgauthproxy import private_file
 from pgauthproxy._digest import md5_password
 from pgauthproxy.auth import users_file
 from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Question
+from pgauthproxy.auth.targets import Target
 from pgauthproxy.auth.users import UsersAuthenticator, UsersPolicy
 from pgauthproxy.auth.users_file import UsersFile
 from pgauthproxy.private_file import PrivateFileError
@@ -54,7 +55,7 @@ Read = Callable[..., UsersFile]
 @pytest.fixture
 def read(write: Write) -> Read:
     def reading(content: str | bytes, method: str = SCRAM, mode: int = 0o600) -> UsersFile:
-        return users_file.read(write(content, mode), method, lambda wishes: None, lambda: None)
+        return users_file.read(write(content, mode), method, lambda target: None, lambda: None)
 
     return reading
 
@@ -108,7 +109,7 @@ class Asked:
         self.authenticator = UsersAuthenticator(
             file,
             UsersPolicy(method, Secret(b"seed"), 7),
-            lambda wishes: None,
+            lambda target: None,
             lambda level, what, facts: self.notices.append((level, what, dict(facts))),
         )
         self.method = method
@@ -168,6 +169,8 @@ def test_the_mapping_has_the_verifier_and_the_targets_words(ask: Ask) -> None:
         "    pass: [client_encoding]\n"
         "    tls: {mode: require}\n"
         "    session_seconds: 3600\n"
+        "    idle_timeout: 0\n"
+        "    idle_in_transaction_timeout: 2.5\n"
         "    warm: 3\n"
     )
     body = f"  alice: {{verifier: '{VERIFIER}', databases: {{'*': main}}, session_seconds: 60}}\n"
@@ -185,6 +188,8 @@ def test_the_mapping_has_the_verifier_and_the_targets_words(ask: Ask) -> None:
         verifier=Secret(VERIFIER.encode()),
         tls=(("mode", "require"),),
         session_seconds=60.0,
+        idle_timeout=0.0,
+        idle_in_transaction_timeout=2.5,
         warm=3,
     )
 
@@ -446,7 +451,10 @@ def test_a_secret_in_a_line_that_is_no_yaml_is_not_shown(faults: Faults) -> None
 
 
 USER_KEYS = "databases, verifier, certificate, allow, session_seconds"
-TARGET_KEYS = "host, user, database, password, application_name, parameters, pass, tls, session_seconds, warm"
+TARGET_KEYS = (
+    "host, user, database, password, application_name, parameters, pass, tls, session_seconds, "
+    "idle_timeout, idle_in_transaction_timeout, warm"
+)
 
 
 @pytest.mark.parametrize(
@@ -565,8 +573,12 @@ def test_tls_settings_that_cannot_be_used_are_told(write: Write) -> None:
         "targets:\n  main:\n    host: db\n    user: app\n    tls: {mode: verify-full}\n  plain: {host: db, user: app}\n"
     )
     file = write(users("  {}\n", targets))
+
+    def fault(target: Target) -> str | None:
+        return f"tls: {dict(target.tls)} will not do" if target.tls else None
+
     with pytest.raises(AuthenticatorConfigError) as raised:
-        users_file.read(file, SCRAM, lambda wishes: f"{dict(wishes)} will not do", lambda: None)
+        users_file.read(file, SCRAM, fault, lambda: None)
     assert raised.value.faults == (f"{file}:5: targets.main.tls: {{'mode': 'verify-full'}} will not do",)
 
 
@@ -684,7 +696,7 @@ def test_a_file_that_is_not_there_a_folder_or_a_pipe_is_told(tmp_path: Path) -> 
         ("pipe", "not a regular file"),
     ):
         with pytest.raises(AuthenticatorConfigError, match=said):
-            users_file.read(tmp_path / name, SCRAM, lambda wishes: None, lambda: None)
+            users_file.read(tmp_path / name, SCRAM, lambda target: None, lambda: None)
 
 
 # Reloading
@@ -710,7 +722,7 @@ def test_a_reload_of_a_broken_file_changes_nothing(ask: Ask, write: Write) -> No
 def test_reading_gives_way_again_and_again_and_leaves_the_collector_on(write: Write) -> None:
     body = "".join(f"  user{n}: {{verifier: '{VERIFIER}', databases: {{'*': main}}}}\n" for n in range(1000))
     given: list[bool] = []
-    file = users_file.read(write(users(body)), SCRAM, lambda wishes: None, lambda: given.append(gc.isenabled()))
+    file = users_file.read(write(users(body)), SCRAM, lambda target: None, lambda: given.append(gc.isenabled()))
     assert len(file.users) == 1000
     assert len(given) > 20
     assert not any(given)

@@ -28,6 +28,17 @@ for line in sys.stdin:
         lines.append(line.rstrip())
 """
 
+COMPLAIN = """
+import os, time
+lines = []
+def complain(line):
+    for piece in ("about ", line[:3], line[3:]):
+        os.write(2, piece.encode())
+        time.sleep(0.02)
+    if "bob" in line:
+        os.write(2, b"unended")
+"""
+
 
 def silence(session: str, lines: tuple[str, ...], dropped: int) -> None:
     """Hears what processes say, and keeps it to itself."""
@@ -150,3 +161,31 @@ def test_one_whose_input_is_closed_when_it_is_asked_is_one_that_retires() -> Non
             os.close(held)
 
     assert asyncio.run(run()) == [b"alice", b"bob"]
+
+
+def test_what_it_complains_of_is_lines_however_they_are_written() -> None:
+    says = ECHOES.replace(
+        "if line == ", "if line.startswith('user='):\n        complain(line)\n    if line == "
+    ).replace("lines = []\n", COMPLAIN, 1)
+
+    async def run() -> list[str]:
+        heard: list[str] = []
+        both = asyncio.Event()
+
+        def said(session: str, lines: tuple[str, ...], dropped: int) -> None:
+            heard.extend(lines)
+            if len(heard) == 3:
+                both.set()
+
+        authenticator = pool(says, said=said)
+        await authenticator.start()
+        try:
+            await authenticator.ask(question("alice"))
+            await authenticator.ask(question("bob"))
+        finally:
+            await authenticator.close()
+        async with asyncio.timeout(10):
+            await both.wait()
+        return heard
+
+    assert asyncio.run(run()) == ["about user=alice", "about user=bob", "unended"]

@@ -1,0 +1,150 @@
+"""The gateway as another user: root binds, somebody else serves."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgauthproxy.throwaway import UNPRIVILEGED_USER, ThrowawayPostgres
+from tests.conftest import Gateway, StartGateway
+from tests.system.conftest import Run, assert_one_clear_line, assert_serves, configure, write_mapped
+from tests.tls import HOST, Authority, TlsClient
+from tests.wire import RawClient
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+NOBODY = pwd.getpwnam(UNPRIVILEGED_USER)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody can read, which those of pytest are not."""
+    folder = Path(tempfile.mkdtemp(prefix="pgauthproxy-test-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def script(open_folder: Path, postgres: ThrowawayPostgres) -> Path:
+    """An authenticator that everybody may run; it leaves its user's number in the name of the application."""
+    written = write_mapped(open_folder / "authenticator", postgres.port)
+    written.write_text(written.read_text().replace('echo "user=', 'echo "application_name=$(id -u)"\necho "user='))
+    return written
+
+
+def status(gateway: Gateway) -> dict[str, list[str]]:
+    lines = Path(f"/proc/{gateway.pid}/status").read_text().splitlines()
+    return {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def application_name(client: RawClient) -> bytes:
+    """What the target says that it is."""
+    return next(
+        body[17:-1] for kind, body in client.log_in() if kind == b"S" and body.startswith(b"application_name\0")
+    )
+
+
+@as_root
+def test_it_serves_as_another_user_and_so_do_its_authenticators(
+    start_gateway: StartGateway, script: Path, open_folder: Path
+) -> None:
+    folder = open_folder / "socket"
+    folder.mkdir()
+    # A place where the other user could not listen.
+    listen = ["127.0.0.1:0", f"unix:{folder}:5432"]
+    for _ in range(2):
+        gateway = start_gateway(script, listen=listen, user=UNPRIVILEGED_USER)
+        gateway.wait_for("listening", count=2)
+        found = status(gateway)
+        assert found["Uid"] == [str(NOBODY.pw_uid)] * 4
+        assert found["Gid"] == [str(NOBODY.pw_gid)] * 4
+        assert set(map(int, found["Groups"])) == set(os.getgrouplist(UNPRIVILEGED_USER, NOBODY.pw_gid))
+        assert set(found["CapEff"] + found["CapPrm"]) == {"0" * 16}
+        assert found["NoNewPrivs"] == ["0"]
+        with RawClient(gateway.port) as client:
+            assert application_name(client) == str(NOBODY.pw_uid).encode()
+        with RawClient.of_folder(folder, 5432) as client:
+            client.log_in()
+        assert gateway.stop() == 0
+
+
+@as_root
+def test_its_group_can_be_another(start_gateway: StartGateway, script: Path) -> None:
+    group = next(each for each in grp.getgrall() if each.gr_gid not in (0, NOBODY.pw_gid))
+    gateway = start_gateway(script, user=UNPRIVILEGED_USER, group=group.gr_name)
+    assert status(gateway)["Gid"] == [str(group.gr_gid)] * 4
+    assert_serves(gateway.port)
+
+
+def test_nothing_that_it_starts_gets_more_rights(start_gateway: StartGateway, mapped: Path) -> None:
+    gateway = start_gateway(mapped, no_new_privs=True)
+    assert status(gateway)["NoNewPrivs"] == ["1"]
+    assert_serves(gateway.port)
+
+
+@as_root
+def test_certificates_are_read_anew_as_that_user(
+    start_gateway: StartGateway, script: Path, open_folder: Path, authority: Authority
+) -> None:
+    identity = authority.issue("gateway", "localhost", HOST)
+    tls: dict[str, Any] = {}
+    for name, source in (("cert", identity.cert), ("key", identity.key)):
+        copied = open_folder / name
+        copied.touch(0o600)
+        copied.write_bytes(source.read_bytes())
+        shutil.chown(copied, UNPRIVILEGED_USER)
+        tls[name] = str(copied)
+    gateway = start_gateway(script, user=UNPRIVILEGED_USER, tls=tls)
+    gateway.process.send_signal(signal.SIGHUP)
+    gateway.wait_for("certificates loaded anew")
+    shutil.chown(tls["key"], "root")
+    gateway.process.send_signal(signal.SIGHUP)
+    gateway.wait_for("certificates not loaded, the old ones stay")
+    with TlsClient(gateway.port, authority.client_context()) as client:
+        client.log_in()
+        client.assert_served()
+
+
+@as_root
+@pytest.mark.parametrize("command", [(), ("check",)], ids=["start", "check"])
+def test_what_that_user_cannot_read_stops_the_start(
+    folder: Path, run: Run, authority: Authority, script: Path, command: tuple[str, ...]
+) -> None:
+    identity = authority.issue("gateway", "localhost", HOST)
+    # Root's own key, which root could read.
+    configure(folder, user=UNPRIVILEGED_USER, authenticator={"cmd": [str(script)]}, tls=identity.settings)
+    done = run(*command)
+    assert done.returncode == 2
+    assert "pgauthproxy: tls: " in done.stderr
+    assert "Permission denied" in done.stderr
+
+
+@as_root
+def test_whom_it_cannot_become_stops_the_start(folder: Path, run: Run) -> None:
+    configure(folder, user="nobody at all")
+    assert_one_clear_line(run(), "user: nobody at all: there is no such user")
+    configure(folder, user=UNPRIVILEGED_USER, group="no group at all")
+    assert_one_clear_line(run(), "group: no group at all: there is no such group")
+    configure(folder, group="root")
+    assert_one_clear_line(run(), "group: needs user")
+
+
+@as_root
+def test_only_root_can_become_another_user(run: Run, script: Path, open_folder: Path) -> None:
+    config = configure(open_folder, user="root", authenticator={"cmd": [str(script)]})
+    before = ["setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups"]
+    done = run("check", "--config", str(config), before=before)
+    assert (done.returncode, done.stderr) == (2, "pgauthproxy: user: root: only root can become another user\n")
+    # Who it is already it need not become.
+    config = configure(open_folder, user=UNPRIVILEGED_USER, authenticator={"cmd": [str(script)]})
+    done = run("check", "--config", str(config), before=before)
+    assert done.returncode == 0, done
