@@ -148,6 +148,9 @@ def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
     except (PidFileError, UpgradeError, listen.ListenError) as error:
         fail(str(error))
     finally:
+        # Whoever asks for an end now is getting it: the status is to be that of the end in order.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         if audit is not None:
             audit.close()
         log.flush()

@@ -19,7 +19,7 @@ from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import Gateway, StartGateway, WriteAuthenticator
 from tests.system.conftest import Run, assert_one_clear_line, assert_serves, refusal, wait_until
 from tests.tls import Authority
-from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, greet, message, password, startup
+from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, error_fields, greet, message, password, startup
 
 LOADED = "configuration loaded anew"
 KEPT = "configuration not loaded, the old one stays"
@@ -176,6 +176,49 @@ def test_the_level_of_the_log_changes(gateway: Gateway) -> None:
     gateway.wait_for("login")
 
 
+def test_lists_of_networks_count_for_new_clients_and_sessions_are_not_touched(gateway: Gateway) -> None:
+    with RawClient(gateway.port) as client:
+        client.log_in()
+        gateway.rewrite(deny=["127.0.0.0/8"])
+        reload(gateway)
+        with RawClient(gateway.port) as denied:
+            assert denied.read_to_end() == b""
+        client.assert_served()
+    gateway.rewrite(deny=[])
+    reload(gateway)
+    assert_serves(gateway.port)
+
+
+def test_limits_of_users_and_rules_of_sessions_count_for_new_clients(gateway: Gateway) -> None:
+    gateway.rewrite(max_clients_per_user=1, max_session_seconds=0.3)
+    assert reload(gateway)["changed"] == "max_clients_per_user, max_session_seconds"
+    with RawClient(gateway.port) as client:
+        client.log_in()
+        with RawClient(gateway.port) as other:
+            other.send(startup())
+            other.read_message()
+            other.send(password())
+            assert other.read_fatal()[0] == "53300"
+        assert client.read_fatal()[0] == "57P01"
+
+
+def test_the_throttle_begins_with_a_reload_and_knows_then_what_it_has_counted(
+    gateway: Gateway, authenticator: WriteAuthenticator
+) -> None:
+    def guess() -> str:
+        with RawClient(gateway.port) as client:
+            client.send(startup() + password())
+            return error_fields(client.read_until(b"E")[-1][1])["M"]
+
+    gateway.rewrite(authenticator={"cmd": [str(authenticator("exit 1", "refusing"))]})
+    throttle = {"failures": 1, "delay": 0.01, "max_delay": 0.01, "block": 60, "exempt": list[str]()}
+    for window in (60, 61):
+        gateway.rewrite(throttle={**throttle, "window": window})
+        reload(gateway)
+        guess()
+    assert guess() == "too many failed logins"
+
+
 # What cannot change
 
 
@@ -190,7 +233,24 @@ def test_what_needs_a_restart_is_named_and_the_rest_is_in_force(gateway: Gateway
 
 
 def test_every_setting_that_cannot_change_exists() -> None:
-    assert set(schema.FIXED) <= {key.path for key in schema.all_keys()}
+    paths = [key.path for key in schema.all_keys()]
+    for fixed in schema.FIXED:
+        assert any(path == fixed or path.startswith(f"{fixed}.") for path in paths), fixed
+
+
+def test_of_a_section_what_needs_a_restart_stays_and_the_rest_is_in_force(
+    start_gateway: StartGateway, mapped: Path, tmp_path: Path
+) -> None:
+    audit = tmp_path / "audit.log"
+    gateway = start_gateway(mapped, audit={"file": str(audit)})
+    gateway.rewrite(audit={"file": str(tmp_path / "other"), "statements": True}, admin={"users": ["root"]})
+    assert reload(gateway)["changed"] == "audit.statements"
+    assert gateway.wait_for(FIXED)["keys"] == "admin, audit.file"
+    with RawClient(gateway.port) as client:
+        client.log_in()
+        client.assert_served()
+    wait_until(lambda: b'"event":"statement"' in audit.read_bytes(), "the statement")
+    assert not (tmp_path / "other").exists()
 
 
 # What changes nothing

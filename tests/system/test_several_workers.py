@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import pytest
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway, WriteAuthenticator, is_alive
 from tests.system.conftest import Backends, Run, assert_serves, configure, is_listened_on, wait_until
-from tests.wire import RawClient, cancel_request, error_fields, message, password, query, startup
+from tests.wire import RawClient, cancel_request, error_fields, message, password, proxy_v1, query, startup
 
 PROTOCOL_3_2 = 0x30002
 CLEARTEXT_REQUEST = struct.pack("!i", 3)
@@ -80,6 +81,73 @@ def workers(start_workers: StartWorkers) -> Workers:
 
 def wait_until_gone(pids: set[int]) -> None:
     wait_until(lambda: not any(map(is_alive, pids)), "all processes to be gone")
+
+
+# Counts of all
+
+
+def test_limits_hold_for_all_workers_together_and_a_dead_one_takes_no_place(start_workers: StartWorkers) -> None:
+    workers = start_workers(max_clients=3)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(RawClient(workers.port)) for _ in range(3)]
+        for client in held:
+            client.log_in()
+        for _ in range(8):
+            with RawClient(workers.port) as client:
+                client.send(startup())
+                assert client.read_fatal()[0] == "53300"
+        at = [workers.worker_of(client) for client in held]
+        old = workers.pids[at[0]]
+        workers.kill(at[0])
+        workers.wait_for_successor(at[0], old)
+        for _ in range(at.count(at[0])):
+            stack.enter_context(RawClient(workers.port)).log_in()
+        with RawClient(workers.port) as client:
+            client.send(startup())
+            assert client.read_fatal()[0] == "53300"
+
+
+def test_an_address_that_guesses_is_refused_by_all_workers(
+    start_workers: StartWorkers, authenticator: WriteAuthenticator
+) -> None:
+    throttle = {"failures": 2, "delay": 0.01, "max_delay": 0.01, "block": 60, "exempt": list[str]()}
+    workers = start_workers(authenticator("exit 1"), throttle=throttle)
+
+    def guess() -> str:
+        with RawClient(workers.port) as client:
+            client.send(startup() + password())
+            return error_fields(client.read_until(b"E")[-1][1])["M"]
+
+    wait_until(lambda: guess() == "too many failed logins", "the address to be refused")
+    assert {guess() for _ in range(16)} == {"too many failed logins"}
+
+
+def test_the_audit_log_is_opened_anew_by_all_even_if_the_settings_have_a_fault(
+    start_workers: StartWorkers, tmp_path: Path
+) -> None:
+    file, moved = tmp_path / "audit.log", tmp_path / "audit.old"
+    workers = start_workers(audit={"file": str(file), "required": True})
+    assert_serves(workers.port)
+    wait_until(lambda: b'"event":"login"' in file.read_bytes(), "the login")
+    for settings in ({"max_clients": 0}, {"max_clients": 100}):
+        file.rename(moved)
+        workers.gateway.rewrite(**settings)
+        workers.gateway.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: file.exists() and file.read_bytes().count(b'"event":"opened"') == 3, "all to have opened it")
+        wait_until(lambda: b'"event":"reload"' in file.read_bytes(), "the reload")
+    pids = {json.loads(line)["pid"] for line in file.read_text().splitlines()}
+    assert pids == {workers.gateway.pid, *workers.pids.values()}
+
+
+def test_the_protocol_of_balancers_is_spoken_at_every_worker(start_workers: StartWorkers) -> None:
+    listen = [{"address": "127.0.0.1:0", "proxy_protocol": True}]
+    workers = start_workers(listen=listen, proxy_protocol_from=["127.0.0.1"])
+    for port in range(1, 17):
+        with RawClient(workers.port) as client:
+            client.send(proxy_v1(port=port))
+            client.log_in()
+        workers.gateway.wait_for("login", client=f"192.0.2.7:{port}")
+    assert {line["worker"] for line in workers.gateway.log_lines("login")} == {0, 1}
 
 
 # Sharing

@@ -23,7 +23,18 @@ from tests.conftest import WAIT_SECONDS, Gateway, StartGateway, WriteAuthenticat
 from tests.system.conftest import Backends, Run, assert_serves, environment, wait_until
 from tests.system.test_service_manager import Manager
 from tests.tls import Authority
-from tests.wire import RawClient, ScriptedTarget, cancel_request, error_fields, greet, message, password, query, startup
+from tests.wire import (
+    RawClient,
+    ScriptedTarget,
+    cancel_request,
+    error_fields,
+    greet,
+    message,
+    password,
+    proxy_v1,
+    query,
+    startup,
+)
 
 SUCCEEDED = "succeeded by another process"
 
@@ -105,6 +116,44 @@ def test_a_session_in_the_middle_of_a_transaction_moves_and_notices_nothing(upgr
         client.send(message(b"X"))
         assert client.read_to_end() == b""
     wait_until(lambda: len(upgradable.gateway.log_lines("session ended")) == 2, "the log to say that they have ended")
+
+
+def test_a_session_that_moves_has_its_places_there(start_upgradable: StartUpgradable) -> None:
+    upgradable = start_upgradable(max_clients_per_user=1, max_session_seconds=60)
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        with RawClient(upgradable.port) as other:
+            other.send(startup())
+            other.read_message()
+            other.send(password())
+            assert other.read_fatal()[0] == "53300"
+        client.send(message(b"X"))
+        client.read_to_end()
+    wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the session to have ended")
+    assert_serves(upgradable.port)
+
+
+def test_a_session_that_is_followed_stays(start_upgradable: StartUpgradable) -> None:
+    upgradable = start_upgradable(idle_timeout=60)
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        upgradable.upgrade()
+        client.assert_served()
+        assert upgradable.gateway.process.poll() is None
+    upgradable.wait_until_moved()
+    assert not upgradable.gateway.log_lines("sessions handed over")
+
+
+def test_the_protocol_of_balancers_is_spoken_to_the_new_process(start_upgradable: StartUpgradable) -> None:
+    listen = [{"address": "127.0.0.1:0", "proxy_protocol": True}]
+    upgradable = start_upgradable(listen=listen, proxy_protocol_from=["127.0.0.1"])
+    upgradable.upgrade()
+    with RawClient(upgradable.port) as client:
+        client.send(proxy_v1())
+        client.log_in()
+    assert upgradable.gateway.wait_for("login")["client"] == "192.0.2.7:56324"
 
 
 def test_a_query_that_runs_meanwhile_is_answered(upgradable: Upgradable, backends: Backends) -> None:
