@@ -18,6 +18,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -226,8 +227,12 @@ class Supervisor:
             pid = _spawn_worker(theirs, slot.listening, self._counts.descriptor)
         except OSError as error:
             ours.close()
-            self._sink(Noticed("error", "worker not started", (("worker", number), ("reason", error.strerror))))
-            self._replace_later(number)
+            if self._is_serving:
+                self._sink(Noticed("error", "worker not started", (("worker", number), ("reason", error.strerror))))
+                self._replace_later(number)
+            else:
+                self._faults[f"workers cannot be started: {sys.executable}: {error.strerror}"] = None
+                self._begun.set()
             return
         finally:
             theirs.close()

@@ -166,7 +166,8 @@ def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
     """Starts gateways; each listens on a free port of 127.0.0.1 unless `listen` is given.
 
     `cmd` is the authenticator, None if the settings name another; `before` are the words of a program that starts it,
-    `descriptors` what it inherits; other keyword arguments are settings, nested ones as dictionaries.
+    `descriptors` what it inherits, `folder` where the file with its settings is; other keyword arguments are settings,
+    nested ones as dictionaries.
     At the end each must go away with status 0, and must not have logged an internal error.
     """
     started: list[Gateway] = []
@@ -177,6 +178,7 @@ def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
         before: list[str] | None = None,
         environment: dict[str, str] | None = None,
         descriptors: Sequence[int] = (),
+        folder: Path = tmp_path,
         **settings: Any,
     ) -> Gateway:
         number = len(started)
@@ -184,7 +186,7 @@ def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
         if cmd is not None:
             authenticator = {"cmd": cmd if isinstance(cmd, list) else [str(cmd)], **authenticator}
         content = {**SETTINGS, "authenticator": authenticator, **settings}
-        config = tmp_path / f"gateway{number}.yaml"
+        config = folder / f"gateway{number}.yaml"
         config.write_text(yaml.safe_dump(content))
         log = tmp_path / f"gateway{number}.log"
         command = [sys.executable, "-m", "pgauthproxy", "--config", str(config), "--log-format", "json"]
