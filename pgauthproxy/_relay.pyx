@@ -96,7 +96,7 @@ cdef class End:
     cdef Channel _tls
     cdef object _failure
     cdef readonly unsigned long long received
-    cdef int _fd
+    cdef readonly int fd
     cdef char[READY_BYTES] _tail
     cdef readonly bint faces_target
     cdef readonly bint truncated
@@ -109,7 +109,7 @@ cdef class End:
     ):
         self._session = session
         self.transport = transport
-        self._fd = fd
+        self.fd = fd
         self.faces_target = faces_target
         self._buffer = buffer
         self._tls = tls
@@ -158,14 +158,39 @@ cdef class End:
     def is_reset(self):
         """Whether the connection was reset. A transport that is not read does not tell."""
         cdef pollfd polled
-        polled.fd = self._fd
+        polled.fd = self.fd
         polled.events = polled.revents = 0
-        return self._fd >= 0 and poll(&polled, 1, 0) > 0 and (polled.revents & POLLERR) != 0
+        return self.fd >= 0 and poll(&polled, 1, 0) > 0 and (polled.revents & POLLERR) != 0
 
     @property
     def holding(self):
         """Whether the transport has bytes that its socket did not take yet."""
         return self._holding
+
+    @property
+    def is_at_rest(self):
+        """Whether nothing is on its way through this process to this side, so that another may go on with it."""
+        return (
+            self._tls is None and self.fd >= 0 and not (self._at_eof or self._broken or self._holding)
+            and not self.transport.is_closing() and self.transport.get_write_buffer_size() == 0
+        )
+
+    @property
+    def tail(self):
+        """The last bytes that were read from here: what `at_message_boundary` and `has_finished` look at."""
+        return self._tail[:READY_BYTES]
+
+    def take_up(self, unsigned long long received, bytes tail not None):
+        """Continues what an end in another process has done."""
+        if PyBytes_GET_SIZE(tail) != READY_BYTES:
+            raise ValueError("a tail has a length of its own")
+        self.received = received
+        memcpy(self._tail, PyBytes_AS_STRING(tail), READY_BYTES)
+
+    def leave(self):
+        """Reads no more and reports nothing any more; another process has the connection, or will have."""
+        self._session = None
+        self.transport.pause_reading()
 
     @property
     def data_received(self):
@@ -235,7 +260,7 @@ cdef class End:
         self._buffer.paused.discard(self)
         self._session = None
         self._peer = None
-        self._fd = -1
+        self.fd = -1
         if peer is not None:
             peer._peer = None
         if session is not None:
@@ -258,7 +283,7 @@ cdef class End:
             at = PyBytes_AS_STRING(records)
             count = PyBytes_GET_SIZE(records)
         if not peer._holding:
-            sent = send(peer._fd, at, count, 0)
+            sent = send(peer.fd, at, count, 0)
             if sent == count:
                 return 0
             if sent < 0:

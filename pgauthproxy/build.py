@@ -32,6 +32,7 @@ from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.events import AuthenticatorSaid, Noticed, Sink, ignore
 from pgauthproxy.gateway.access import Access, Denials
 from pgauthproxy.gateway.admission import Admission
+from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientPolicy
 from pgauthproxy.gateway.console import Admin, Console
 from pgauthproxy.gateway.limits import Limits
@@ -62,6 +63,17 @@ def tcp_options(settings: Settings) -> TcpOptions:
     """The options of sockets on both sides."""
     tcp = settings.tcp
     return TcpOptions(tcp.keepalive_idle, tcp.keepalive_interval, tcp.keepalive_count, tcp.user_timeout)
+
+
+def authenticator_part(settings: Settings) -> tuple[object, ...]:
+    """All that an authenticator is made from: as long as it is equal, the authenticator need not be made anew."""
+    return settings.authenticator, settings.method, seed_part(settings), target_tls(settings)
+
+
+def seed_part(settings: Settings) -> tuple[str, ...]:
+    """What the salts of refused users depend on."""
+    key = settings.tls.key if settings.tls_mode != "disable" else ""
+    return settings.authenticator.scram_seed, key
 
 
 def build_authenticator(settings: Settings, sink: Sink) -> Authenticator:
@@ -295,9 +307,14 @@ def _http(settings: Settings, sink: Sink) -> HttpAuthenticator:
 
 def build_targets(settings: Settings, sink: Sink = ignore) -> Targets:
     """The way to targets, with the buffer that all sessions forward through."""
+    return Targets(target_policy(settings), _relay.ForwardBuffer(settings.buffer_size), sink)
+
+
+def target_policy(settings: Settings) -> TargetPolicy:
+    """How targets are reached."""
     target = settings.target
     major, minor = map(int, target.protocol.split("."))
-    policy = TargetPolicy(
+    return TargetPolicy(
         connect_timeout=target.connect_timeout,
         login_timeout=target.login_timeout,
         error_text=target.error_text,
@@ -312,7 +329,6 @@ def build_targets(settings: Settings, sink: Sink = ignore) -> Targets:
         ),
         tcp=tcp_options(settings),
     )
-    return Targets(policy, _relay.ForwardBuffer(settings.buffer_size), sink)
 
 
 def target_tls(settings: Settings) -> TargetTls:
@@ -431,6 +447,14 @@ def build_console(
     )
 
 
+def with_lasting_seed(settings: Settings, seed: str) -> Settings:
+    """The settings with a seed for the salts of refused users, if they would be made up by each process on its own."""
+    if any(seed_part(settings)):
+        return settings
+    authenticator = msgspec.structs.replace(settings.authenticator, scram_seed=seed)
+    return msgspec.structs.replace(settings, authenticator=authenticator)
+
+
 def _made_up_from(settings: Settings) -> Secret:
     """The secret that the salts of refused users are made from: as stable as the operator has made it."""
     if settings.authenticator.scram_seed:
@@ -442,12 +466,9 @@ def _made_up_from(settings: Settings) -> Secret:
     return Secret(secrets.token_bytes(32))
 
 
-def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[str]]:
-    """The authenticator, which may be long to read, and what the settings ask for and the machine does not have.
-
-    Faults are a line each; the sink gets what is only to be noted.
-    """
-    authenticator, faults = None, []
+def address_faults(settings: Settings) -> list[str]:
+    """Addresses and networks that are none, a line each."""
+    faults = []
     for each in settings.listeners:
         try:
             parse_listen(each.address)
@@ -463,6 +484,15 @@ def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[
             Networks(tuple(texts))
         except ValueError as error:
             faults.append(f"{name}: {error}")
+    return faults
+
+
+def examine(settings: Settings, sink: Sink) -> tuple[Authenticator | None, list[str]]:
+    """The authenticator, which may be long to read, and what the settings ask for and the machine does not have.
+
+    Faults are a line each; the sink gets what is only to be noted.
+    """
+    authenticator, faults = None, address_faults(settings)
     try:
         if settings.admin.listen:
             parse_admin_listen(settings.admin.listen)
@@ -517,28 +547,47 @@ def build_limits(settings: Settings, ledger: Ledger) -> Limits:
     )
 
 
+def build_access(settings: Settings) -> Access:
+    """Who may connect."""
+    return Access(settings.allow, settings.deny, settings.proxy_protocol_from)
+
+
+def build_rules(settings: Settings) -> SessionRules:
+    """How long sessions may be here."""
+    return SessionRules(settings.max_session_seconds, settings.idle_timeout, settings.idle_in_transaction_timeout)
+
+
+def build_statements(settings: Settings, audit: AuditSink | None) -> Statements | None:
+    """Who is told what clients send; None if nobody is."""
+    if audit is None or not settings.audit.statements:
+        return None
+    return Statements(audit.statement, settings.audit.max_statement)
+
+
 def build_gateway(
-    settings: Settings, authenticator: Authenticator, sink: Sink, audit: AuditSink | None = None
+    settings: Settings,
+    authenticator: Authenticator,
+    sink: Sink,
+    ledger: Ledger,
+    audit: AuditSink | None = None,
+    slot: int = 0,
 ) -> Gateway:
-    """A gateway that serves nobody yet. Raises TlsConfigError."""
+    """A gateway that serves nobody yet; `slot` is its place among several. Raises TlsConfigError."""
     targets = build_targets(settings, sink)
-    ledger = build_ledger(settings)
-    statements = None
-    if audit is not None and settings.audit.statements:
-        statements = Statements(audit.statement, settings.audit.max_statement)
     return Gateway(
         admission=build_admission(settings, authenticator, build_throttle(settings, ledger, sink)),
-        access=Access(settings.allow, settings.deny, settings.proxy_protocol_from),
+        access=build_access(settings),
         denials=Denials(sink),
         client_tls=build_client_tls(settings),
         targets=targets,
         paused=PausedClients(targets.buffer),
         limits=build_limits(settings, ledger),
-        rules=SessionRules(settings.max_session_seconds, settings.idle_timeout, settings.idle_in_transaction_timeout),
+        rules=build_rules(settings),
         login_timeout=settings.login_timeout,
         cancel_timeout=settings.cancel_timeout,
         close_timeout=settings.close_timeout,
         sink=sink,
+        keys=CancelKeys(slot),
         check_logins=None if audit is None else audit.check,
-        statements=statements,
+        statements=build_statements(settings, audit),
     )

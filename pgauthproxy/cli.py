@@ -3,6 +3,7 @@
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,20 +11,26 @@ from typing import Any
 
 import click
 
-from pgauthproxy import trial, worker
+from pgauthproxy import operators, supervised, supervisor, trial, worker
 from pgauthproxy._digest import md5_password
+from pgauthproxy._ledger import SLOTS
 from pgauthproxy.auth.model import AuthenticatorConfigError
 from pgauthproxy.build import admin_token, build_audit, examine
 from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
-from pgauthproxy.events import Event, Noticed, to_all
+from pgauthproxy.cores import available_cores
+from pgauthproxy.events import Event, Noticed
 from pgauthproxy.net import listen
 from pgauthproxy.ops import privileges
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.ops.privileges import Identity, PrivilegesError
+from pgauthproxy.pid_file import PidFileError, running
 from pgauthproxy.proto import scram
 from pgauthproxy.release import version
+from pgauthproxy.service import Service
+from pgauthproxy.supervisor import WorkersFailedError
 from pgauthproxy.terminal import fail, read_password
+from pgauthproxy.upgrade import Link, UpgradeError
 from pgauthproxy.users_command import users
 
 
@@ -57,8 +64,8 @@ def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _load(flags: dict[str, Any]) -> Loaded:
-    """Reads the settings; ends with one line for each fault."""
+def _read(flags: dict[str, Any]) -> Loaded:
+    """Reads the settings. Raises ConfigError."""
     paths = {
         "listen": "listen",
         "clear_passwd": "authenticator.cleartext_password",
@@ -66,8 +73,13 @@ def _load(flags: dict[str, Any]) -> Loaded:
         "log_level": "log.level",
     }
     given = {path: flags[name] for name, path in paths.items() if flags[name] is not None}
+    return load.load(flags["config"], given, os.environ)
+
+
+def _load(flags: dict[str, Any]) -> Loaded:
+    """Reads the settings; ends with one line for each fault."""
     try:
-        return load.load(flags["config"], given, os.environ)
+        return _read(flags)
     except ConfigError as error:
         fail(*error.faults)
 
@@ -88,10 +100,13 @@ def _command(context: click.Context, /, **flags: Any) -> None:
     """
     context.obj = flags
     if context.invoked_subcommand is None:
-        _serve(_load(flags))
+        _serve(flags)
 
 
-def _serve(loaded: Loaded) -> None:
+def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
+    """`link` leads to a process that is to be succeeded."""
+    service = Service(os.environ)
+    loaded = _load(flags)
     settings = loaded.settings
     log = LogSink(settings.log.format, settings.log.level)
     identity = _identity(settings)
@@ -101,9 +116,13 @@ def _serve(loaded: Loaded) -> None:
         fail(*faults)
     for warning in loaded.warnings:
         log(Noticed("warning", warning))
+    count = min(available_cores(), SLOTS) if settings.workers == "auto" else settings.workers
     try:
-        listening = worker.open_listeners(settings)
-        admin_listening = worker.open_admin_listeners(settings)
+        listening = worker.open_listeners(settings, service.descriptors) if link is None else []
+        # The first process of a container must collect orphans, which may be anybody's but a worker's own.
+        is_alone = link is not None or (count == 1 and os.getpid() != 1)
+        slots = [] if is_alone else supervisor.open_slots(settings, count, listening, service)
+        admin_listening = operators.open_listeners(settings) if is_alone and link is None else []
         version()
         privileges.become(identity)
         if settings.no_new_privs:
@@ -116,12 +135,20 @@ def _serve(loaded: Loaded) -> None:
             audit.open()
         except OSError as error:
             fail(f"audit.file: {settings.audit.file}: {error.strerror}")
+
+    def read() -> schema.Settings:
+        return _read(flags).settings
+
     try:
-        # The audit log goes first: what it refuses has not happened.
-        sink = log if audit is None else to_all(audit, log)
-        worker.serve(settings, authenticator, listening, admin_listening, sink, audit)
-    except AuthenticatorConfigError as error:
+        if is_alone:
+            words = _own_words()
+            worker.serve(settings, authenticator, listening, admin_listening, read, log, audit, service, words, link)
+        else:
+            supervisor.supervise(settings, slots, read, log, audit, service)
+    except (AuthenticatorConfigError, WorkersFailedError) as error:
         fail(*error.faults)
+    except (PidFileError, UpgradeError, listen.ListenError) as error:
+        fail(str(error))
     finally:
         # Whoever asks for an end now is getting it: the status is to be that of the end in order.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -196,6 +223,62 @@ def auth(
         connect=connect,
     )
     sys.exit(trial.run(settings, login, click.echo))
+
+
+def _own_words() -> list[str]:
+    """The flags that this process was started with."""
+    words = sys.argv[1:]
+    return words[:-2] if words[-2:-1] == ["take-over"] else words
+
+
+@_command.command("take-over", hidden=True)
+@click.argument("descriptor", type=int)
+@click.pass_context
+def take_over(context: click.Context, descriptor: int) -> None:
+    """The successor of a gateway that is upgraded, as that one starts it."""
+    _serve(context.obj, Link(socket.socket(fileno=descriptor)))
+
+
+@_command.command("worker", hidden=True)
+@click.argument("descriptor", type=int)
+def be_worker(descriptor: int) -> None:
+    """One of several workers, as a supervisor starts them."""
+    supervised.run(descriptor)
+
+
+@_command.command()
+@_settings_options
+@click.pass_context
+def reload(context: click.Context, /, **flags: Any) -> None:
+    """Has the running gateway read its settings anew; it is found by `pid_file`.
+
+    What comes of it stands in the gateway's log. Settings with a fault are told here, and the gateway is left alone.
+    """
+    _signal_gateway(_with_flags_before(context, flags), signal.SIGHUP)
+
+
+@_command.command()
+@_settings_options
+@click.pass_context
+def upgrade(context: click.Context, /, **flags: Any) -> None:
+    """Has a new process of the installed program take over from the running gateway, which is found by `pid_file`.
+
+    Sessions without TLS move there; others stay with the old process until they end. What comes of it stands in the
+    gateway's log.
+    """
+    _signal_gateway(_with_flags_before(context, flags), signal.SIGUSR2)
+
+
+def _signal_gateway(flags: dict[str, Any], number: signal.Signals) -> None:
+    path = _load(flags).settings.pid_file
+    if not path:
+        fail("pid_file: is not set, so that the gateway cannot be found")
+    try:
+        os.kill(running(path), number)
+    except PidFileError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"pid_file: {path}: {error.strerror}")
 
 
 @_command.command("hash-password")

@@ -22,6 +22,7 @@ class CloseReason(StrEnum):
     IDLE_IN_TRANSACTION = "idle-in-transaction timeout reached"
     SHUTDOWN = "gateway shut down"
     KILLED = "ended by an administrator"
+    HANDED_OVER = "handed over"
 
 
 class LoggedIn(msgspec.Struct, frozen=True):

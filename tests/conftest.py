@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,18 @@ class Gateway:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    @property
+    def config(self) -> Path:
+        """The file with its settings."""
+        return self.log.with_suffix(".yaml")
+
+    def rewrite(self, **settings: Any) -> None:
+        """Other settings in its file, nested ones as dictionaries; the others stay. It does not read them by itself."""
+        content = yaml.safe_load(self.config.read_text())
+        for name, value in settings.items():
+            content[name] = content.get(name, {}) | value if isinstance(value, dict) else value
+        self.config.write_text(yaml.safe_dump(content))
 
     def log_lines(self, event: str = "") -> list[dict[str, Any]]:
         whole = self.log.read_text().rpartition("\n")[0]
@@ -153,27 +165,39 @@ StartGateway = Callable[..., Gateway]
 def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
     """Starts gateways; each listens on a free port of 127.0.0.1 unless `listen` is given.
 
-    `cmd` is the authenticator, None if the settings name another; other keyword arguments are settings, nested ones as
-    dictionaries.
+    `cmd` is the authenticator, None if the settings name another; `before` are the words of a program that starts it,
+    `descriptors` what it inherits, `folder` where the file with its settings is; other keyword arguments are settings,
+    nested ones as dictionaries.
     At the end each must go away with status 0, and must not have logged an internal error.
     """
     started: list[Gateway] = []
 
     def start(
-        cmd: Any, *, before: list[str] | None = None, environment: dict[str, str] | None = None, **settings: Any
+        cmd: Any,
+        *,
+        before: list[str] | None = None,
+        environment: dict[str, str] | None = None,
+        descriptors: Sequence[int] = (),
+        folder: Path = tmp_path,
+        **settings: Any,
     ) -> Gateway:
         number = len(started)
         authenticator = settings.pop("authenticator", {})
         if cmd is not None:
             authenticator = {"cmd": cmd if isinstance(cmd, list) else [str(cmd)], **authenticator}
         content = {**SETTINGS, "authenticator": authenticator, **settings}
-        config = tmp_path / f"gateway{number}.yaml"
+        config = folder / f"gateway{number}.yaml"
         config.write_text(yaml.safe_dump(content))
         log = tmp_path / f"gateway{number}.log"
         command = [sys.executable, "-m", "pgauthproxy", "--config", str(config), "--log-format", "json"]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*(before or []), *command], stderr=output, stdin=subprocess.DEVNULL, env=environment, cwd=tmp_path
+                [*(before or []), *command],
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                cwd=tmp_path,
+                pass_fds=descriptors,
             )
         gateway = Gateway(process, log)
         started.append(gateway)

@@ -1,6 +1,7 @@
 """Reads the settings: flag beats environment beats file beats default. All faults are reported at once."""
 
 import difflib
+import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ SECTIONS: Final = {"authenticator.chain": AuthenticatorSettings}
 TEXT_OR_SECTION: Final = {"listen": ListenSettings}
 """Settings that are lists of text, or of sections where that says too little."""
 TRUE_WORDS: Final = ("1", "t", "T", "TRUE", "true", "True")
+FOREVER_WORDS: Final = ("forever", "infinite")
 FALSE_WORDS: Final = ("0", "f", "F", "FALSE", "false", "False")
 
 
@@ -119,7 +121,9 @@ def _flatten(content: dict[Any, Any], prefix: str, known: Mapping[str, Key]) -> 
 def _convert(key: Key, value: object) -> object:
     """A value as its type; text (from the environment, a flag, or quoted in the file) is read as the type demands."""
     if isinstance(value, str):
-        if (key.owner, key.name) == (AuthenticatorSettings, "cmd"):
+        if key.path == "drain_timeout" and value.lower() in FOREVER_WORDS:
+            value = math.inf
+        elif (key.owner, key.name) == (AuthenticatorSettings, "cmd"):
             value = shlex.split(value)
         elif key.holds_structs or isinstance(key.default, dict):
             value = _parse_yaml(value)

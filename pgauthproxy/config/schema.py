@@ -3,6 +3,7 @@
 The text under a setting is its documentation. Times are seconds, sizes are bytes.
 """
 
+import math
 import operator
 import os
 from collections.abc import Iterator
@@ -473,6 +474,11 @@ class Settings(_Settings, frozen=True):
     before a byte is read (docs/access.md). Unix sockets may always, unless `local` is in `deny`."""
     deny: list[str] = []
     """Networks that may not connect, whatever `allow` says; `local` is Unix sockets."""
+    workers: Annotated[int, Meta(ge=1, le=64)] | Literal["auto"] = 1
+    """How many processes serve. `auto`: one for each core that the gateway may use. More than one have a supervisor
+    above them (docs/operations.md)."""
+    worker_timeout: Positive = 30.0
+    """How long one of several processes may show no sign of life before it is killed and replaced."""
     authenticator: AuthenticatorSettings = AuthenticatorSettings()
     tls: TlsSettings = TlsSettings()
     target: TargetSettings = TargetSettings()
@@ -505,7 +511,7 @@ class Settings(_Settings, frozen=True):
     no_new_privs: bool = False
     """Linux: nothing that the gateway starts gets more rights than it has, by set-user-ID programs for example."""
     drain_timeout: NotNegative = 30.0
-    """How long sessions may go on after SIGTERM or SIGINT."""
+    """How long sessions may go on after SIGTERM or SIGINT. `forever`: until the last of them has ended."""
     max_session_seconds: NotNegative = 0.0
     """How long a session may live; then it ends with 57P01. 0: for ever. An authenticator may give a session less
     (`_META_SESSION_SECONDS`), not more. docs/sessions.md has more on this and the next two."""
@@ -519,6 +525,9 @@ class Settings(_Settings, frozen=True):
     """How long a closing side may take to accept the last bytes that it is owed."""
     buffer_size: Annotated[int, Meta(ge=1024, le=1 << 24)] = 65_536
     """Bytes that a session may hold in each direction before the sender is paused."""
+    pid_file: str = ""
+    """A file that holds the process's number while it runs; `pgauthproxy reload` and `upgrade` find it by
+    that."""
     backlog: Count = 1_024
     """Connections that may wait to be accepted, for each listener."""
     max_startup_packet: Annotated[int, Meta(ge=8)] = 10_000
@@ -554,6 +563,21 @@ class Settings(_Settings, frozen=True):
         return self.tls.mode or ("allow" if self.tls.cert else "disable")
 
 
+FIXED: Final = (
+    "listen",
+    "workers",
+    "user",
+    "group",
+    "no_new_privs",
+    "backlog",
+    "buffer_size",
+    "pid_file",
+    "admin",
+    "audit.file",
+    "audit.required",
+    "throttle.max_entries",
+)
+"""Settings that a running gateway cannot change; a section is all that stands in it."""
 SECRET_PATHS: Final = (
     "authenticator.scram_seed",
     "admin.token",
@@ -626,6 +650,8 @@ def shown(key: Key, value: Any) -> str:
         return "(not set)"
     if value and key.path in SECRET_PATHS:
         return "***"
+    if value == math.inf:
+        return "forever"
     if isinstance(value, bool):
         return "true" if value else "false"
     if key.path == "authenticator.chain":
@@ -666,6 +692,8 @@ def conflicts(settings: Settings) -> Iterator[str]:
     for name in ("required", "statements"):
         if getattr(settings.audit, name) and not settings.audit.file:
             yield f"audit.{name}: needs audit.file"
+    if settings.admin.listen and settings.workers != 1:
+        yield "admin.listen: needs workers: 1, since each worker knows of its own sessions alone"
     for name in settings.admin.users.keys() & settings.admin.stats_users.keys():
         yield f"admin.stats_users: {name} is one of admin.users"
     yield from _authenticator_conflicts(settings.authenticator, "authenticator", settings.method)

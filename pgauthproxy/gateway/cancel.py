@@ -16,7 +16,11 @@ from pgauthproxy.proto.steps import TlsPlan
 from pgauthproxy.stages import Address
 
 PROCESS_ID_BYTES: Final = 4
-MOST_PROCESS_ID: Final = 0x7FFFFFFF
+MOST_SLOTS: Final = 256
+SLOT_SHIFT: Final = 23
+MOST_NUMBER: Final = (1 << SLOT_SHIFT) - 1
+"""A process ID is never negative, as PostgreSQL's are: eight bits for the worker that holds the key, and the rest."""
+NOBODYS: Final = "nobody's key"
 SECRET_BYTES: Final = 4
 LONG_SECRET_BYTES: Final = 32
 LONG_SECRETS_SINCE: Final = 2
@@ -40,26 +44,36 @@ class Cancellable(Protocol):
 
 
 class CancelKeys:
-    """The keys that clients of this gateway hold."""
+    """The keys that clients of one worker hold; `slot` is its place among the workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, slot: int = 0) -> None:
+        self._slot = slot
         self._sessions: dict[int, Cancellable] = {}
 
     def issue(self, session: Cancellable, minor: int) -> bytes:
         """A fresh key for a session whose client speaks protocol 3.`minor`.
 
-        4 bytes of process ID (never negative, as PostgreSQL's are) and the secret, as long as the client understands.
+        4 bytes of process ID and the secret, as long as the client understands.
         """
         process_id = 0
         while process_id == 0 or process_id in self._sessions:
-            process_id = int.from_bytes(secrets.token_bytes(PROCESS_ID_BYTES)) & MOST_PROCESS_ID
+            number = int.from_bytes(secrets.token_bytes(PROCESS_ID_BYTES)) & MOST_NUMBER
+            process_id = self._slot << SLOT_SHIFT | number
         self._sessions[process_id] = session
         size = LONG_SECRET_BYTES if minor >= LONG_SECRETS_SINCE else SECRET_BYTES
         session.cancel_key = process_id.to_bytes(PROCESS_ID_BYTES) + secrets.token_bytes(size)
         return session.cancel_key
 
+    def take_up(self, session: Cancellable) -> None:
+        """A session that has its key from another process."""
+        self._sessions[int.from_bytes(session.cancel_key[:PROCESS_ID_BYTES])] = session
+
     def forget(self, key: bytes) -> None:
         self._sessions.pop(int.from_bytes(key[:PROCESS_ID_BYTES]), None)
+
+    def may_be_elsewhere(self, key: bytes) -> bool:
+        """Whether a key names another worker."""
+        return slot_of(key) != self._slot
 
     def find(self, key: bytes) -> Cancellable | None:
         """The session that this whole key belongs to."""
@@ -67,6 +81,11 @@ class CancelKeys:
         if session is None or not hmac.compare_digest(session.cancel_key, key):
             return None
         return session
+
+
+def slot_of(key: bytes) -> int:
+    """Whose a key is, if it is anybody's."""
+    return int.from_bytes(key[:PROCESS_ID_BYTES]) >> SLOT_SHIFT
 
 
 async def forward(session: Cancellable, seconds: float, targets: Targets) -> str:

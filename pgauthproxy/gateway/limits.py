@@ -31,9 +31,12 @@ def too_many(what: str) -> GatewayFault:
 class Place:
     """What one client has taken, to be given back whatever becomes of it."""
 
-    __slots__ = ("address", "is_client", "user")
+    __slots__ = ("address", "is_client", "of", "user", "whence")
 
-    def __init__(self) -> None:
+    def __init__(self, of: bytes, whence: str) -> None:
+        """Of this user, from this address."""
+        self.of = of
+        self.whence = whence
         self.is_client = False
         self.user = NONE
         self.address = NONE
@@ -59,26 +62,35 @@ class Limits:
         self.per_address = per_address
         self.reserved = reserved
         self.reserved_for = reserved_for
-        self._ledger = ledger or Ledger()
+        self.ledger = ledger or Ledger()
         self._silent: dict[int, Evict] = {}
 
     @property
     def clients(self) -> int:
-        return self._ledger.total(CLIENTS)
+        return self.ledger.total(CLIENTS)
 
     @property
     def logins(self) -> int:
-        return self._ledger.total(LOGINS)
+        return self.ledger.total(LOGINS)
+
+    def bind(self, other: "Limits") -> None:
+        """Takes over the bounds of another one, for whoever comes from here on."""
+        self.max_clients = other.max_clients
+        self.max_logins = other.max_logins
+        self.per_user = other.per_user
+        self.per_address = other.per_address
+        self.reserved = other.reserved
+        self.reserved_for = other.reserved_for
 
     def begin_login(self, number: int, evict: Evict) -> None:
         """Takes a place for a login. Raises GatewayFault if there is none, and none can be had."""
-        if not self._ledger.begin(LOGINS, self.max_logins):
+        if not self.ledger.begin(LOGINS, self.max_logins):
             if not self._silent:
                 raise too_many(f"{self.logins} logins in progress (max_logins)")
             oldest = next(iter(self._silent))
             self._silent.pop(oldest)(too_many("made way for a newer client: it had said nothing (max_logins)"))
             # Until the other has gone there is one more.
-            self._ledger.begin(LOGINS, NO_BOUND)
+            self.ledger.begin(LOGINS, NO_BOUND)
         self._silent[number] = evict
 
     def named(self, number: int) -> None:
@@ -87,20 +99,20 @@ class Limits:
 
     def end_login(self, number: int) -> None:
         self._silent.pop(number, None)
-        self._ledger.end(LOGINS)
+        self.ledger.end(LOGINS)
 
     def begin_client(self, user: bytes, address: str) -> Place:
         """Takes a place for a client that says it is this user. Raises GatewayFault if there is none.
 
         For users that places are kept for there may be one yet, once they have proved themselves (`prove`).
         """
-        place = Place()
-        place.is_client = self._ledger.begin(CLIENTS, max(0, self.max_clients - self.reserved))
+        place = Place(user, address)
+        place.is_client = self.ledger.begin(CLIENTS, max(0, self.max_clients - self.reserved))
         if not place.is_client and user not in self.reserved_for:
             kept = f", {self.reserved} kept free (reserved_clients)" if self.reserved else ""
             raise too_many(f"{self.clients} clients (max_clients){kept}")
         if self.per_address and (key := network_key(address)):
-            place.address = self._ledger.take(b"a" + key, self.per_address)
+            place.address = self.ledger.take(b"a" + key, self.per_address)
             if place.address == NONE:
                 self.end_client(place)
                 raise too_many(f"{self.per_address} clients of this address (max_clients_per_address)")
@@ -109,20 +121,30 @@ class Limits:
     def prove(self, place: Place, user: bytes) -> None:
         """The client is who it says it is. Raises GatewayFault if there is no place for this user any more."""
         if not place.is_client:
-            place.is_client = self._ledger.begin(CLIENTS, self.max_clients)
+            place.is_client = self.ledger.begin(CLIENTS, self.max_clients)
             if not place.is_client:
                 raise too_many(f"{self.clients} clients (max_clients), none kept free any more")
         if self.per_user:
-            place.user = self._ledger.take(b"u" + user, self.per_user)
+            place.user = self.ledger.take(b"u" + user, self.per_user)
             if place.user == NONE:
                 raise too_many(f"{self.per_user} clients of this user (max_clients_per_user)")
+
+    def take_up(self, user: bytes, address: str) -> Place:
+        """A client that another process has let in has its place, even if there are more than there may be."""
+        place = Place(user, address)
+        place.is_client = self.ledger.begin(CLIENTS, NO_BOUND)
+        if self.per_user:
+            place.user = self.ledger.take(b"u" + user, NO_BOUND)
+        if self.per_address and (key := network_key(address)):
+            place.address = self.ledger.take(b"a" + key, NO_BOUND)
+        return place
 
     def end_client(self, place: Place) -> None:
         """Gives back what a client has taken; a second time nothing."""
         if place.is_client:
             place.is_client = False
-            self._ledger.end(CLIENTS)
+            self.ledger.end(CLIENTS)
         for index in (place.user, place.address):
             if index != NONE:
-                self._ledger.give(index)
+                self.ledger.give(index)
         place.user = place.address = NONE

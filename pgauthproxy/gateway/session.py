@@ -9,7 +9,7 @@ import functools
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -33,9 +33,10 @@ from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
 from pgauthproxy.gateway.console import NO_USER, Admin, Console, uid_of_peer
+from pgauthproxy.gateway.leg import Leg
 from pgauthproxy.gateway.limits import Limits, Place
 from pgauthproxy.gateway.paused import PausedClients
-from pgauthproxy.gateway.rules import Breach, SessionRules, Watch
+from pgauthproxy.gateway.rules import LEAST_WAIT, Breach, SessionRules, Watch
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.console import Statement, serve
@@ -77,10 +78,19 @@ class Gateway:
     held: asyncio.Event | None = None
     """Where new logins wait, while they are paused; set once they may go on."""
     draining: bool = False
+    ask_elsewhere: Callable[[bytes], Awaitable[tuple[str, str]]] | None = None
+    """Passes a cancel request on to a process that may have the key; returns the session's id and the outcome."""
     releasing: set[asyncio.Task[None]] = field(default_factory=set)
     """What sessions give back, on its way."""
     idle: Callable[[], None] | None = None
     """Called whenever the last session is over."""
+
+    async def cancel(self, key: bytes) -> tuple[str, str]:
+        """Passes a cancel request on, if the key is one of ours; returns the session's id and the outcome."""
+        session = self.keys.find(key)
+        if session is None:
+            return "", cancel.NOBODYS
+        return session.id, await cancel.forward(session, self.cancel_timeout, self.targets)
 
     def give_back(self, lease: Lease) -> None:
         task = asyncio.get_running_loop().create_task(lease.release())
@@ -108,6 +118,22 @@ class Identity(msgspec.Struct, frozen=True, array_like=True):
     tls: str
     target_user: bytes
     target_database: bytes
+
+
+class HandedOver(msgspec.Struct, frozen=True):
+    """A session on its way to another process. `client` and `target`: bytes received, and the last of them."""
+
+    number: int
+    user: bytes
+    address: str
+    identity: bytes
+    began: float
+    seconds_left: float | None
+    cancel_key: bytes
+    target_key: bytes
+    reached: Address
+    client: tuple[int, bytes]
+    target: tuple[int, bytes]
 
 
 class Session:
@@ -143,9 +169,13 @@ class Session:
         "target_key",
     )
 
-    def __init__(self, gateway: Gateway, number: int) -> None:
-        """`number` is unique in the gateway's life. Raises GatewayFault if there is no place for another login."""
-        gateway.limits.begin_login(number, self.refuse_login)
+    def __init__(self, gateway: Gateway, number: int, *, is_taken_up: bool = False) -> None:
+        """`number` is unique in the gateway's life. Raises GatewayFault if there is no place for another login.
+
+        `is_taken_up`: another process has let it in.
+        """
+        if not is_taken_up:
+            gateway.limits.begin_login(number, self.refuse_login)
         gateway.sessions.add(self)
         self._gateway = gateway
         self.number = number
@@ -218,6 +248,16 @@ class Session:
         if self._client_end is None or self._target_end is None:
             return 0, 0
         return self._client_end.received, self._target_end.received
+
+    @property
+    def login(self) -> "asyncio.Task[None] | None":
+        """The login in progress, None once it is done."""
+        return self._task
+
+    @property
+    def has_lease(self) -> bool:
+        """Whether it has a credential that is to be given back."""
+        return self._lease is not None
 
     def begin(self, connection: socket.socket, address: str, *, proxied: bool) -> None:
         """Takes over an accepted, non-blocking socket. `proxied`: the PROXY protocol is spoken on it first."""
@@ -367,14 +407,13 @@ class Session:
     async def _cancel(self, client: ClientLeg, request: CancelRequest) -> None:
         """A cancel request is a connection of its own: it is answered by being closed."""
         gateway = self._gateway
-        session = gateway.keys.find(request.key)
-        outcome = "nobody's key"
         try:
-            if session is not None:
-                outcome = await cancel.forward(session, gateway.cancel_timeout, gateway.targets)
+            found, outcome = await gateway.cancel(request.key)
+            if not found and gateway.ask_elsewhere is not None:
+                found, outcome = await gateway.ask_elsewhere(request.key)
         finally:
             client.close()
-        gateway.sink(Cancelled(self._accepted.address, session.id if session else "", outcome))
+        gateway.sink(Cancelled(self._accepted.address, found, outcome))
 
     def _attach(self, client: ClientLeg, target: TargetLeg, attached: Attached, minor: int) -> None:
         """Steps 7 and 8: lets the client in and sets the two ends back to back."""
@@ -443,6 +482,76 @@ class Session:
             self.end(found.reason, found.told, found.sqlstate)
         else:
             self._timer = asyncio.get_running_loop().call_later(found, self._keep_watch)
+
+    def hand_over(self) -> "tuple[HandedOver, _relay.End, _relay.End] | None":
+        """Ends the session here, so that another process may go on with it: what that must know, and the two ends.
+
+        Their connections are to be dropped here once the other process has them. None, and nothing has happened, for a
+        session that cannot be handed over: one that speaks TLS, is followed by an observer, has a credential on lease,
+        or has bytes which are on their way.
+        """
+        client, target, place = self._client_end, self._target_end, self._place
+        if client is None or target is None or place is None or self._reason is not None or self.cancelling:
+            return None
+        if self._lease is not None or isinstance(client, _relay.ObservedEnd):
+            return None
+        if not (client.is_at_rest and target.is_at_rest):
+            return None
+        client.leave()
+        target.leave()
+        handed = HandedOver(
+            number=self.number,
+            user=place.of,
+            address=place.whence,
+            identity=self._identity,
+            began=self._began,
+            seconds_left=self._timer.when() - asyncio.get_running_loop().time() if self._timer is not None else None,
+            cancel_key=self.cancel_key,
+            target_key=self.target_key,
+            reached=self.reached,
+            client=(client.received, client.tail),
+            target=(target.received, target.tail),
+        )
+        self._reason = CloseReason.HANDED_OVER
+        self._gateway.keys.forget(self.cancel_key)
+        self._client_end = self._target_end = None
+        self._over()
+        return handed, client, target
+
+    @classmethod
+    async def take_up(
+        cls, gateway: Gateway, handed: "HandedOver", client: socket.socket, target: socket.socket
+    ) -> None:
+        """Goes on with a session of another process."""
+        self = cls(gateway, handed.number, is_taken_up=True)
+        self._place = gateway.limits.take_up(handed.user, handed.address)
+        self._identity = handed.identity
+        self._began = handed.began
+        self.cancel_key, self.target_key, self.reached = handed.cancel_key, handed.target_key, handed.reached
+        gateway.keys.take_up(self)
+        buffer = gateway.targets.buffer
+        legs = Leg(client, buffer), Leg(target, buffer)
+        try:
+            client_transport, target_transport = await legs[0].open(), await legs[1].open()
+        except OSError:
+            # One of them is gone by now.
+            for leg in legs:
+                leg.abort()
+            self._close(CloseReason.CLIENT_LOST)
+            self._over()
+            return
+        self._client_end = _relay.End(self, client_transport, legs[0].fd, False, buffer)
+        self._target_end = _relay.End(self, target_transport, legs[1].fd, True, buffer)
+        self._client_end.take_up(*handed.client)
+        self._target_end.take_up(*handed.target)
+        (_, client_rest, client_at_eof), (_, target_rest, target_at_eof) = (leg.hand_over() for leg in legs)
+        _relay.join(self._client_end, self._target_end)
+        self._target_end.start(target_rest, target_at_eof)
+        self._client_end.start(client_rest, client_at_eof)
+        if handed.seconds_left is not None:
+            rules = SessionRules(max_session_seconds=max(LEAST_WAIT, handed.seconds_left))
+            self._watch = Watch(rules, time.monotonic(), None)
+            self._keep_watch()
 
     def target_finished(self) -> None:
         """The target has said its last word: an `End` reports it."""

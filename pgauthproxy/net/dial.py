@@ -29,10 +29,10 @@ class DialError(Exception):
     """Nobody could be reached there; the text says what was tried."""
 
 
-def tune(connection: socket.socket, options: TcpOptions) -> None:
+def tune(connection: socket.socket, options: TcpOptions, *, anew: bool = False) -> None:
     """Sets keepalive, and that small messages go out at once; what is accepted inherits it from its listener.
 
-    Unix sockets need neither.
+    Unix sockets need neither. `anew`: it had other options before.
     """
     if connection.family == socket.AF_UNIX:
         return
@@ -41,7 +41,7 @@ def tune(connection: socket.socket, options: TcpOptions) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, KEEPALIVE_IDLE, options.keepalive_idle)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, options.keepalive_interval)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, options.keepalive_count)
-    if options.user_timeout and hasattr(socket, "TCP_USER_TIMEOUT"):
+    if (options.user_timeout or anew) and hasattr(socket, "TCP_USER_TIMEOUT"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(options.user_timeout * 1000))
 
 

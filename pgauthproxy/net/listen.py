@@ -112,10 +112,12 @@ def _open_all_interfaces(address: ListenAddress, backlog: int) -> StreamSocket:
     return _open_tcp(socket.AF_INET, ("0.0.0.0", port), backlog, v6_only=False)  # noqa: S104 (asked for)
 
 
-def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool) -> StreamSocket:
+def _open_tcp(family: int, where: object, backlog: int, *, v6_only: bool, shares: bool = False) -> StreamSocket:
     listening = sockets.make(family)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shares:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6_only)
         listening.bind(where)  # type: ignore[arg-type]  # an address as getaddrinfo gives it
@@ -155,6 +157,54 @@ def _remove_stale(path: str) -> None:
             os.unlink(path)
 
 
+def open_again(listening: StreamSocket, backlog: int) -> StreamSocket:
+    """Another socket for the same address, to which the kernel sends a share of the connections. Raises ListenError.
+
+    For a Unix socket there is no such thing: it is the same one. So `listening` must not be closed before the other.
+    """
+    if listening.family == socket.AF_UNIX:
+        return listening
+    v6_only = listening.family == socket.AF_INET6 and listening.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) != 0
+    try:
+        # Only now: whoever asked for it from the start would share a port with a stranger, and not be told.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        opened = _open_tcp(listening.family, listening.getsockname(), backlog, v6_only=v6_only, shares=True)
+    except OSError as error:
+        raise ListenError(f"listen: {describe(listening)}: {error.strerror}") from error
+    opened.proxy_protocol = listening.proxy_protocol
+    return opened
+
+
+def take_over(descriptor: int, *, proxy_protocol: bool = False) -> StreamSocket:
+    """A listening socket that was opened by somebody else. Raises ListenError if it is none."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as found:
+            family = found.family
+            listens = found.type == socket.SOCK_STREAM and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise ListenError(f"listen: descriptor {descriptor} that was given: {error.strerror}") from error
+    if not listens or not sockets.is_known(family):
+        raise ListenError(f"listen: descriptor {descriptor} that was given is no socket that listens")
+    taken = sockets.make(family, descriptor)
+    taken.proxy_protocol = proxy_protocol
+    return taken
+
+
+def is_at(listening: StreamSocket, address: ListenAddress) -> bool:
+    """Whether it listens there; of an address with a host, only if that is written as a number."""
+    if listening.family == socket.AF_UNIX:
+        return bool(address.folder) and listening.getsockname() == address.socket_path
+    host, port = listening.getsockname()[:2]
+    return not address.folder and address.port == str(port) and address.host in ("", host)
+
+
+def remove_file(path: str) -> None:
+    """Removes a Unix socket's file."""
+    # It may be gone, or its folder not be ours to write: whoever listens there next removes what is stale.
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def describe(listening: socket.socket) -> str:
     """The address as an operator would write it."""
     if listening.family == socket.AF_UNIX:
@@ -178,9 +228,7 @@ def close(listening: socket.socket) -> None:
     path = listening.getsockname() if listening.family == socket.AF_UNIX else ""
     listening.close()
     if path:
-        # It may be gone, or its folder not be ours to write: whoever listens there next removes what is stale.
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        remove_file(path)
 
 
 class Listener:
@@ -191,10 +239,13 @@ class Listener:
         listening: StreamSocket,
         accepted: Callable[[socket.socket, Any, bool], None],
         starved: Callable[[OSError], None],
+        *,
+        removes_file: bool = True,
     ) -> None:
         self._listening = listening
         self._accepted = accepted
         self._starved = starved
+        self._path = listening.getsockname() if removes_file and listening.family == socket.AF_UNIX else ""
         self._loop = asyncio.get_running_loop()
         self._resume: asyncio.TimerHandle | None = None
         self._loop.add_reader(listening, self._accept)
@@ -223,13 +274,19 @@ class Listener:
         self._resume = None
         self._loop.add_reader(self._listening, self._accept)
 
-    def close(self) -> None:
-        """Stops accepting. A Unix socket's file is removed."""
+    def stop(self) -> None:
+        """Stops accepting; the socket stays open, for whoever has it too."""
         if self._resume is not None:
             self._resume.cancel()
         else:
             self._loop.remove_reader(self._listening)
-        close(self._listening)
+
+    def close(self) -> None:
+        """Ends it. A Unix socket's file is removed, if that is to be done here."""
+        self.stop()
+        self._listening.close()
+        if self._path:
+            remove_file(self._path)
 
 
 def address_of(peer: Any) -> str:

@@ -40,6 +40,11 @@ _OF_FAMILY: Final[dict[int, type[StreamSocket]]] = {
 }
 
 
+def is_known(family: int) -> bool:
+    """Whether there are stream sockets of this family here."""
+    return family in _OF_FAMILY
+
+
 def make(family: int, descriptor: int | None = None) -> StreamSocket:
     """A non-blocking stream socket: a new one, or that of a descriptor, which it owns."""
     made = _OF_FAMILY[family](family, socket.SOCK_STREAM, 0, descriptor)

@@ -84,10 +84,11 @@ class AdminServer:
         self._server.start()
         self._remembering = asyncio.get_running_loop().create_task(self._remember())
 
-    async def close(self) -> None:
+    async def close(self, *, removes_files: bool = True) -> None:
+        """Ends it; `removes_files`: those of Unix sockets."""
         if self._remembering is not None:
             self._remembering.cancel()
-        await self._server.close()
+        await self._server.close(removes_files=removes_files)
 
     async def _remember(self) -> None:
         while True:

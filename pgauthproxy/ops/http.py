@@ -145,15 +145,18 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         self._accepting = [loop.create_task(self._accept(each)) for each in self._listening]
 
-    async def close(self) -> None:
-        """Drops all connections."""
+    async def close(self, *, removes_files: bool = True) -> None:
+        """Drops all connections; `removes_files`: those of Unix sockets."""
         tasks = [*self._accepting, *self._connections]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
         for each in self._listening:
-            listen.close(each)
+            if removes_files:
+                listen.close(each)
+            else:
+                each.close()
 
     async def _accept(self, listening: StreamSocket) -> None:
         loop = asyncio.get_running_loop()

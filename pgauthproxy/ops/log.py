@@ -174,21 +174,27 @@ class LogSink:
     sixth of its cost. What concerns the gateway itself is written at once, and everything when it ends (`flush`).
     """
 
-    def __init__(self, log_format: str, level: str, descriptor: int = STDERR) -> None:
-        # One step: the level's name and the time are put in where the line is made.
-        render = render_json if log_format == "json" else render_text
-
-        def dropped_line(count: int) -> str:
-            what = "lines of the log were dropped: nobody read them"
-            return render(None, "warning", {"at": time.time(), "lines": count, "event": what})
-
-        self._writer = LineWriter(descriptor, dropped_line)
+    def __init__(self, log_format: str, level: str, descriptor: int = STDERR, worker: int | None = None) -> None:
+        """`worker` is which of several processes writes, if there are several."""
+        self._always = {} if worker is None else {"worker": worker}
+        self._writer = LineWriter(descriptor, self._dropped_line)
         self._waiting: list[tuple[float, Event]] = []
+        self.change(log_format, level)
+
+    def change(self, log_format: str, level: str) -> None:
+        """What happens from here on is written in this form, from this level on."""
+        self.flush()
+        # One step: the level's name and the time are put in where the line is made.
+        self._render = render_json if log_format == "json" else render_text
         self._logger: Any = structlog.wrap_logger(
             self._writer,
-            processors=[render],
+            processors=[self._render],
             wrapper_class=structlog.make_filtering_bound_logger(level),
-        ).bind()
+        ).bind(**self._always)
+
+    def _dropped_line(self, count: int) -> str:
+        what = "lines of the log were dropped: nobody read them"
+        return self._render(None, "warning", {**self._always, "at": time.time(), "lines": count, "event": what})
 
     def __call__(self, event: Event) -> None:
         self._waiting.append((time.time(), event))

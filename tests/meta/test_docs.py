@@ -144,3 +144,8 @@ def test_the_dashboard_and_the_alert_rules_can_be_read() -> None:
         assert rule["expr"].count("(") == rule["expr"].count(")"), rule["alert"]
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
+
+
+def test_the_document_of_reloads_names_what_needs_a_restart() -> None:
+    (row,) = re.findall(r"(?m)^\| (.*) \| stay as they were", (ROOT / "docs/operations.md").read_text())
+    assert tuple(re.findall(r"`([\w.]+?)(?:\.\*)?`", row)) == schema.FIXED

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "pgauthproxy"
 
 LAYOUT = [
-    "errors secret private_file release stages events",
+    "errors secret private_file pid_file cores service release stages events",
     "_wire _digest _tls _observe _relay _spawn _ledger",
     "proto.steps proto.messages proto.proxy_header proto.startup",
     "proto.scram proto.client_login proto.target_tls proto.target_login proto.console",
@@ -28,7 +28,7 @@ LAYOUT = [
     "ops.snapshot ops.counts ops.acts ops.metrics ops.history ops.view ops.http ops.page ops.admin",
     "config.schema config.load config.reference",
     "ops.console",
-    "build worker trial top",
+    "program control upgrade build operators reload worker supervised supervisor trial top",
     "throwaway demo",
     "terminal users_command",
     "cli __main__",

@@ -496,7 +496,11 @@ def run(tmp_path: Path) -> Run:
     """Runs pgauthproxy in a folder of its own until it ends; `typed` is what it reads."""
 
     def start(
-        *arguments: str, before: Sequence[str] = (), typed: str = "", **variables: str
+        *arguments: str,
+        before: Sequence[str] = (),
+        descriptors: Sequence[int] = (),
+        typed: str = "",
+        **variables: str,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*before, *MODULE, *arguments],
@@ -507,6 +511,7 @@ def run(tmp_path: Path) -> Run:
             env=environment | variables,
             timeout=WAIT_SECONDS,
             check=False,
+            pass_fds=descriptors,
         )
 
     return start

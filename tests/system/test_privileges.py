@@ -9,6 +9,8 @@ import os
 import pwd
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,16 @@ from tests.wire import RawClient
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 NOBODY = pwd.getpwnam(UNPRIVILEGED_USER)
+
+
+def may_run_python() -> bool:
+    """Whether another user can start the Python that runs this, as root."""
+    if os.geteuid() != 0:
+        return True
+    try:
+        return subprocess.run([sys.executable, "-c", "import pgauthproxy.cli"], user=NOBODY.pw_uid).returncode == 0
+    except PermissionError:
+        return False
 
 
 @pytest.fixture
@@ -91,6 +103,48 @@ def test_operators_are_served_as_that_user_too(start_gateway: StartGateway, scri
 
 
 @as_root
+@pytest.mark.skipif(not may_run_python(), reason="Python stands where only root can read")
+def test_several_workers_are_that_user_from_the_start_and_share_what_root_has_opened(
+    start_gateway: StartGateway, script: Path, open_folder: Path
+) -> None:
+    audit = open_folder / "audit"
+    audit.mkdir()
+    shutil.chown(audit, UNPRIVILEGED_USER)
+    file = audit / "log"
+    gateway = start_gateway(script, workers=2, user=UNPRIVILEGED_USER, audit={"file": str(file)})
+    gateway.wait_for("worker ready", count=2)
+    for pid in (gateway.pid, *gateway.children):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        assert [line.split()[1:] for line in lines if line.startswith("Uid:")] == [[str(NOBODY.pw_uid)] * 4]
+    for _ in range(8):
+        with RawClient(gateway.port) as client:
+            assert application_name(client) == str(NOBODY.pw_uid).encode()
+    old = gateway.children
+    os.kill(min(old), signal.SIGKILL)
+    gateway.wait_for("worker ready", count=3)
+    for _ in range(8):
+        assert_serves(gateway.port)
+    assert file.stat().st_uid == NOBODY.pw_uid
+
+
+@as_root
+@pytest.mark.skipif(may_run_python(), reason="Python stands where everybody can read")
+def test_workers_that_the_user_cannot_start_stop_the_start(folder: Path, run: Run, script: Path) -> None:
+    configure(folder, workers=2, user=UNPRIVILEGED_USER, authenticator={"cmd": [str(script)]})
+    done = run()
+    assert done.returncode == 2
+    assert f"pgauthproxy: workers cannot be started: {sys.executable}: Permission denied" in done.stderr
+
+
+@as_root
+def test_settings_that_this_user_cannot_read_are_not_read_anew(start_gateway: StartGateway, script: Path) -> None:
+    gateway = start_gateway(script, user=UNPRIVILEGED_USER)
+    gateway.process.send_signal(signal.SIGHUP)
+    assert "Permission denied" in gateway.wait_for("configuration not loaded, the old one stays")["reason"]
+    assert_serves(gateway.port)
+
+
+@as_root
 def test_its_group_can_be_another(start_gateway: StartGateway, script: Path) -> None:
     group = next(each for each in grp.getgrall() if each.gr_gid not in (0, NOBODY.pw_gid))
     gateway = start_gateway(script, user=UNPRIVILEGED_USER, group=group.gr_name)
@@ -116,7 +170,7 @@ def test_certificates_are_read_anew_as_that_user(
         copied.write_bytes(source.read_bytes())
         shutil.chown(copied, UNPRIVILEGED_USER)
         tls[name] = str(copied)
-    gateway = start_gateway(script, user=UNPRIVILEGED_USER, tls=tls)
+    gateway = start_gateway(script, folder=open_folder, user=UNPRIVILEGED_USER, tls=tls)
     gateway.process.send_signal(signal.SIGHUP)
     gateway.wait_for("certificates loaded anew")
     shutil.chown(tls["key"], "root")

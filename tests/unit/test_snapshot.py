@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from pgauthproxy.auth.users import UsersAuthenticator
-from pgauthproxy.build import build_gateway
+from pgauthproxy.build import build_gateway, build_ledger
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import AuthenticatorFault, ClientFault, Fault, GatewayFault, TargetFault, wrong_password
 from pgauthproxy.events import Cancelled, Refused, TargetFailed
@@ -131,7 +131,7 @@ def test_sqlstates_that_a_target_thinks_of_are_counted_as_one() -> None:
 
 def taken(counts: Counts) -> Snapshot:
     """What was counted, of a gateway without sessions."""
-    gateway = build_gateway(Settings(), UNASKED, counts)
+    gateway = build_gateway(Settings(), UNASKED, counts, build_ledger(Settings()))
     return asyncio.run(counts.snapshot(gateway))
 
 

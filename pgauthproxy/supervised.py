@@ -1,0 +1,209 @@
+"""A worker that is one of several: what it does is the same, but a supervisor tells it what to do.
+
+Signals are the supervisor's to hear: those of a terminal or a service manager may come to all of its processes. When
+that is gone, the worker drains: nobody would replace it.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from typing import Final
+
+import uvloop
+
+from pgauthproxy import operators
+from pgauthproxy.auth.model import AuthenticatorConfigError
+from pgauthproxy.build import build_audit, examine
+from pgauthproxy.config.schema import Settings
+from pgauthproxy.control import (
+    Begin,
+    CancelAsked,
+    CancelDone,
+    CancelQuestions,
+    Channel,
+    Drain,
+    EndNow,
+    Failed,
+    OpenAnew,
+    Ping,
+    Pong,
+    Ready,
+    Settle,
+)
+from pgauthproxy.events import Noticed, Reloading
+from pgauthproxy.gateway import cancel
+from pgauthproxy.net import listen
+from pgauthproxy.net.listen import ListenError
+from pgauthproxy.ops.audit import AuditSink
+from pgauthproxy.ops.log import LogSink
+from pgauthproxy.worker import Place, Worker, ignore_warnings, prepare_process
+
+GONE: Final = "the supervisor is gone"
+CANNOT_BEGIN: Final = 2
+"""Exit status: the supervisor was told why."""
+
+
+def run(descriptor: int) -> None:
+    """The whole life of a worker whose supervisor listens at the other end of this descriptor."""
+    ignore_warnings()
+    prepare_process()
+    sys.exit(uvloop.run(_run(descriptor)))
+
+
+async def _run(descriptor: int) -> int:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, lambda: None)
+    channel = await Channel.open(socket.socket(fileno=descriptor))
+    begin = await channel.receive()
+    if not isinstance(begin, Begin):
+        return 0
+    sink = LogSink(begin.settings.log.format, begin.settings.log.level, worker=begin.slot)
+    audit = build_audit(begin.settings, sink)
+    try:
+        if audit is not None:
+            audit.open()
+    except OSError as error:
+        channel.send(Failed((f"audit.file: {begin.settings.audit.file}: {error.strerror}",)))
+        channel.close()
+        return CANNOT_BEGIN
+    try:
+        return await _serve(channel, begin, sink, audit)
+    finally:
+        if audit is not None:
+            audit.close()
+        sink.flush()
+        channel.close()
+
+
+async def _serve(channel: Channel, begin: Begin, sink: LogSink, audit: AuditSink | None) -> int:
+    marked = zip(begin.listening, begin.proxy_protocol, strict=True)
+    listening = [listen.take_over(descriptor, proxy_protocol=is_so) for descriptor, is_so in marked]
+    authenticator, faults = examine(begin.settings, sink)
+    if authenticator is None or faults:
+        channel.send(Failed(tuple(faults)))
+        return CANNOT_BEGIN
+    latest = Latest(begin.settings)
+    place = Place(
+        begin.slot,
+        begin.generation,
+        removes_files=False,
+        ledger=begin.ledger,
+        is_only=begin.is_only,
+        process=os.getppid(),
+    )
+    worker = Worker(begin.settings, authenticator, listening, latest.read, sink, audit, place)
+    try:
+        admin_listening = operators.open_listeners(begin.settings)
+        await worker.start()
+    except ListenError as error:
+        channel.send(Failed((str(error),)))
+        return CANNOT_BEGIN
+    except AuthenticatorConfigError as error:
+        channel.send(Failed(error.faults))
+        return CANNOT_BEGIN
+    obeying = Obeying(channel, worker, latest, begin.removes_files, sink, audit)
+    attending = asyncio.get_running_loop().create_task(obeying.attend())
+    try:
+        worker.listen()
+        if worker.operators is not None:
+            worker.operators.serve(admin_listening)
+        channel.send(Ready())
+        await worker.serve()
+        await worker.finish()
+    finally:
+        attending.cancel()
+        await asyncio.wait([attending])
+        await obeying.close()
+        if worker.operators is not None:
+            await worker.operators.close()
+        await worker.close()
+    return 0
+
+
+class Latest:
+    """The settings that the supervisor has sent last."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def read(self) -> Settings:
+        return self.settings
+
+
+class Obeying:
+    """Does what the supervisor says, and passes on cancel requests whose keys are other workers'."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        worker: Worker,
+        latest: Latest,
+        removes_files: bool,
+        sink: LogSink,
+        audit: AuditSink | None,
+    ) -> None:
+        self._channel = channel
+        self._worker = worker
+        self._latest = latest
+        self._removes_files = removes_files
+        self._sink = sink
+        self._audit = audit
+        self._questions = CancelQuestions(channel.send)
+        self._cancelling: set[asyncio.Task[None]] = set()
+        worker.gateway.ask_elsewhere = self._ask_elsewhere
+
+    async def attend(self) -> None:
+        """Until the supervisor is gone."""
+        async for frame in self._channel.frames():
+            match frame:
+                case Ping():
+                    self._channel.send(Pong())
+                case Settle(settings):
+                    self._latest.settings = settings
+                    self._worker.reloads.reloading.ask()
+                case OpenAnew():
+                    if self._audit is not None:
+                        self._audit(Reloading())
+                case Drain(why):
+                    self._worker.drain(("signal", why))
+                case EndNow(why):
+                    self._worker.end_now(("signal", why))
+                case CancelAsked():
+                    task = asyncio.get_running_loop().create_task(self._cancel(frame))
+                    self._cancelling.add(task)
+                    task.add_done_callback(self._cancelling.discard)
+                case CancelDone():
+                    self._questions.answered(frame)
+        self._orphaned()
+
+    def _orphaned(self) -> None:
+        self._sink(Noticed("warning", GONE))
+        asyncio.get_running_loop().add_signal_handler(
+            signal.SIGTERM, self._worker.end_now, ("signal", signal.SIGTERM.name)
+        )
+        self._questions.give_up(GONE)
+        if self._removes_files:
+            for each in self._worker.listening:
+                if each.family == socket.AF_UNIX and each.fileno() >= 0:
+                    listen.remove_file(each.getsockname())
+        self._worker.drain(("reason", GONE))
+
+    async def close(self) -> None:
+        """Gives up what is under way."""
+        for task in self._cancelling:
+            task.cancel()
+        if self._cancelling:
+            await asyncio.wait(self._cancelling)
+
+    async def _ask_elsewhere(self, key: bytes) -> tuple[str, str]:
+        gateway = self._worker.gateway
+        if not gateway.keys.may_be_elsewhere(key):
+            return "", cancel.NOBODYS
+        return await self._questions.ask(key, gateway.cancel_timeout)
+
+    async def _cancel(self, asked: CancelAsked) -> None:
+        """Another worker was asked for what is ours."""
+        self._channel.send(CancelDone(asked.ticket, *await self._worker.gateway.cancel(asked.key)))

@@ -1,0 +1,283 @@
+"""Upgrade in place: a new process of the program that is installed by now takes over from this one.
+
+Strategy:
+- The new process reads the settings and starts its authenticator before anything else happens. Until it serves, this
+  one can go on as if nothing had been.
+- It gets the listening sockets, so that nobody is refused in between.
+- Then it gets sessions, one by one: both sockets, and what is known of them. One is handed over only while none of its
+  bytes is in this process: what was read has been written. So there is nothing that could be lost or doubled.
+- A session that speaks TLS stays: its keys are in this process's memory. So does one that an observer follows, which
+  knows what it is at, and one with a credential on lease, which is given back here. So does a login in progress, until
+  it is done.
+  This process lives for as long as it has any, and as long as that which it has itself taken over from.
+- A cancel request goes to whichever of the two has the session.
+"""
+
+import array
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+
+from pgauthproxy import program
+from pgauthproxy.control import CancelAsked, CancelDone, CancelQuestions, Frame
+from pgauthproxy.events import Noticed, Sink
+from pgauthproxy.gateway import cancel
+from pgauthproxy.gateway.session import Gateway, HandedOver, Session
+from pgauthproxy.net import listen
+from pgauthproxy.net.sockets import StreamSocket
+
+START_SECONDS: Final = 60.0
+"""How long a new process may take until it could serve, and then until it does."""
+FIRST_PAUSE_SECONDS: Final = 0.005
+LONGEST_PAUSE_SECONDS: Final = 1.0
+GROWTH: Final = 1.2
+"""How often is looked for sessions that can be handed over by now."""
+MOST_DESCRIPTORS: Final = 250
+"""The kernel passes no more at once."""
+MOST_FRAME: Final = 65_536
+INT_BYTES: Final = array.array("i").itemsize
+
+
+class Hello(Frame, frozen=True):
+    """From the new process: it could serve."""
+
+
+class TakeListening(Frame, frozen=True):
+    """To the new process, with the listening sockets: its generation, whether it removes files of Unix sockets, and on
+    which of the sockets the PROXY protocol is spoken. Behind them are `admin` sockets that operators are served on."""
+
+    generation: int
+    removes_files: bool
+    proxy_protocol: tuple[bool, ...]
+    admin: int
+
+
+class Serving(Frame, frozen=True):
+    """From the new process: it does."""
+
+
+class TakeSession(Frame, frozen=True):
+    """To the new process, with the client's socket and the target's."""
+
+    session: HandedOver
+
+
+Said = Hello | TakeListening | Serving | TakeSession | CancelAsked | CancelDone
+_DECODER: Final = msgspec.msgpack.Decoder(Said)
+
+
+class Link:
+    """One end of the socket pair that the two processes have."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+
+    async def send(self, frame: Said, descriptors: Sequence[int] = ()) -> bool:
+        """False if the other process is gone."""
+        while True:
+            try:
+                socket.send_fds(self._connection, [msgspec.msgpack.encode(frame)], descriptors)
+            except BlockingIOError:
+                loop = asyncio.get_running_loop()
+                await _wait(loop.add_writer, loop.remove_writer, self._connection)
+            except OSError:
+                return False
+            else:
+                return True
+
+    def send_now(self, frame: Said) -> bool:
+        """False if it cannot be sent at once."""
+        try:
+            self._connection.send(msgspec.msgpack.encode(frame))
+        except OSError:
+            return False
+        return True
+
+    async def receive(self) -> tuple[Said, list[int]] | None:
+        """The next frame with its descriptors; None once the other process is gone."""
+        while True:
+            try:
+                # Not socket.recv_fds, which loses the flag: authenticators would inherit what it has received.
+                data, ancillary, _, _ = self._connection.recvmsg(
+                    MOST_FRAME, socket.CMSG_SPACE(MOST_DESCRIPTORS * INT_BYTES), socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                loop = asyncio.get_running_loop()
+                await _wait(loop.add_reader, loop.remove_reader, self._connection)
+            except OSError:
+                return None
+            else:
+                descriptors = array.array("i")
+                for _, _, passed in ancillary:
+                    descriptors.frombytes(passed)
+                return (_DECODER.decode(data), list(descriptors)) if data else None
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+async def _wait(
+    add: Callable[..., object], remove: Callable[[socket.socket], object], connection: socket.socket
+) -> None:
+    ready = asyncio.Event()
+    add(connection, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        remove(connection)
+
+
+class Relatives:
+    """The process that this one has taken over from, and the one that takes over from it, as far as there are any.
+
+    Each may have sessions whose cancel requests come here.
+    """
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._questions: dict[Link, CancelQuestions] = {}
+        self._answering: set[asyncio.Task[None]] = set()
+        gateway.ask_elsewhere = self._ask
+
+    async def _ask(self, key: bytes, besides: Link | None = None) -> tuple[str, str]:
+        for link, questions in list(self._questions.items()):
+            if link is not besides:
+                found, outcome = await questions.ask(key, self._gateway.cancel_timeout)
+                if found:
+                    return found, outcome
+        return "", cancel.NOBODYS
+
+    async def attend(self, link: Link) -> None:
+        """Answers a relative, and takes its sessions, until it is gone."""
+        questions = self._questions[link] = CancelQuestions(link.send_now)
+        try:
+            while (received := await link.receive()) is not None:
+                match received:
+                    case CancelAsked() as asked, _:
+                        task = asyncio.get_running_loop().create_task(self._answer(link, asked))
+                        self._answering.add(task)
+                        task.add_done_callback(self._answering.discard)
+                    case CancelDone() as done, _:
+                        questions.answered(done)
+                    case TakeSession(session), [client, target]:
+                        await Session.take_up(self._gateway, session, _connected(client), _connected(target))
+        finally:
+            del self._questions[link]
+            questions.give_up("the other process is gone")
+            link.close()
+
+    async def _answer(self, link: Link, asked: CancelAsked) -> None:
+        found, outcome = await self._gateway.cancel(asked.key)
+        if not found:
+            found, outcome = await self._ask(asked.key, link)
+        link.send_now(CancelDone(asked.ticket, found, outcome))
+
+
+def _connected(descriptor: int) -> socket.socket:
+    connection = socket.socket(fileno=descriptor)
+    connection.setblocking(False)
+    return connection
+
+
+class UpgradeError(Exception):
+    """The new process does not serve; the text says why."""
+
+
+async def start_successor(words: Sequence[str], environment: dict[str, str]) -> tuple[int, Link]:
+    """Starts the program that is installed by now; returns once it could serve. Raises UpgradeError."""
+    if not hasattr(os, "pidfd_open"):
+        raise UpgradeError("this system has no such thing")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    link = Link(ours)
+    with theirs:
+        try:
+            arguments = [*words, "take-over", str(theirs.fileno())]
+            pid = program.start(arguments, [theirs.fileno()], {**os.environ, **environment})
+        except OSError as error:
+            link.close()
+            raise UpgradeError(f"it cannot be started: {error.strerror}") from None
+    _collect_later(pid)
+    try:
+        await expect(link, Hello)
+    except UpgradeError:
+        abandon(pid, link)
+        raise
+    return pid, link
+
+
+async def expect(link: Link, frame: type[Hello] | type[Serving]) -> None:
+    """Waits for a frame of this kind. Raises UpgradeError."""
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            received = await link.receive()
+    except TimeoutError:
+        raise UpgradeError(f"it does not serve after {START_SECONDS:g} s") from None
+    if received is None or not isinstance(received[0], frame):
+        raise UpgradeError("it has ended; what it said is above")
+
+
+def abandon(pid: int, link: Link) -> None:
+    """Ends a process that was to take over."""
+    link.close()
+    # Until it is collected its number is its own.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _collect_later(pid: int) -> None:
+    """Collects the process if it ends before this one does."""
+    loop = asyncio.get_running_loop()
+    exited = os.pidfd_open(pid)
+
+    def collect() -> None:
+        loop.remove_reader(exited)
+        os.close(exited)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+    loop.add_reader(exited, collect)
+
+
+async def hand_over_sessions(gateway: Gateway, link: Link, sink: Sink) -> None:
+    """Hands over all sessions that can be, some of them later; returns when there are none, or no successor."""
+    pause = FIRST_PAUSE_SECONDS
+    while gateway.sessions:
+        count = 0
+        for session in list(gateway.sessions):
+            if (handed := session.hand_over()) is None:
+                continue
+            state, client, target = handed
+            is_sent = await link.send(TakeSession(state), [client.fd, target.fd])
+            client.transport.abort()
+            target.transport.abort()
+            if not is_sent:
+                sink(Noticed("error", "session lost: the new process is gone", (("session", f"{state.number:x}"),)))
+                return
+            count += 1
+        if count:
+            sink(Noticed("info", "sessions handed over", (("sessions", count), ("left", len(gateway.sessions)))))
+        await asyncio.sleep(pause)
+        pause = min(GROWTH * pause, LONGEST_PAUSE_SECONDS)
+
+
+async def take_listening(link: Link) -> tuple[int, bool, list[StreamSocket], list[StreamSocket]]:
+    """Offers to take over; what TakeListening says, and the sockets for clients and operators. Raises UpgradeError."""
+    await link.send(Hello())
+    received = await link.receive()
+    if received is None:
+        raise UpgradeError("the process to take over from is gone")
+    said, descriptors = received
+    if not isinstance(said, TakeListening):
+        raise UpgradeError("the process to take over from says what was not expected")
+    marks = (*said.proxy_protocol, *([False] * said.admin))
+    marked = zip(descriptors, marks, strict=True)
+    taken = [listen.take_over(descriptor, proxy_protocol=is_so) for descriptor, is_so in marked]
+    clients = len(said.proxy_protocol)
+    return said.generation, said.removes_files, taken[:clients], taken[clients:]

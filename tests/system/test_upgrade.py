@@ -1,0 +1,517 @@
+"""An upgrade in place: a new process takes over, and clients in the middle of something notice nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgauthproxy.throwaway import ThrowawayPostgres
+from tests.conftest import WAIT_SECONDS, Gateway, StartGateway, WriteAuthenticator, is_alive
+from tests.system.conftest import Backends, Run, assert_serves, environment, wait_until
+from tests.system.test_service_manager import Manager
+from tests.tls import Authority
+from tests.wire import (
+    RawClient,
+    ScriptedTarget,
+    cancel_request,
+    error_fields,
+    greet,
+    message,
+    password,
+    proxy_v1,
+    query,
+    startup,
+)
+
+SUCCEEDED = "succeeded by another process"
+
+
+class Upgradable:
+    """A gateway, and the processes that have taken over from it; `pids` has them in order, the first one included."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.port = gateway.port
+
+    @property
+    def pids(self) -> list[int]:
+        return [self.gateway.pid, *(line["pid"] for line in self.gateway.log_lines(SUCCEEDED))]
+
+    def upgrade(self) -> None:
+        count = len(self.pids)
+        os.kill(self.pids[-1], signal.SIGUSR2)
+        self.gateway.wait_for(SUCCEEDED, count)
+
+    def wait_until_moved(self) -> None:
+        """Until the latest process is the only one."""
+        self.gateway.process.wait(WAIT_SECONDS)
+        wait_until(lambda: not any(map(is_alive, self.pids[:-1])), "all older processes to be gone")
+
+    def stop(self) -> None:
+        if len(self.pids) > 1:
+            # It has nothing left: a signal while it ends would be its end.
+            self.gateway.process.wait(WAIT_SECONDS)
+        for pid in self.pids[1:]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not any(map(is_alive, self.pids[1:])), "all processes to be gone")
+
+
+StartUpgradable = Callable[..., Upgradable]
+
+
+@pytest.fixture
+def start_upgradable(start_gateway: StartGateway, mapped: Path) -> Iterator[StartUpgradable]:
+    """Starts gateways before `postgres`, and ends their successors."""
+    started: list[Upgradable] = []
+
+    def start(cmd: Path | None = mapped, **settings: Any) -> Upgradable:
+        started.append(Upgradable(start_gateway(cmd, **settings)))
+        return started[-1]
+
+    yield start
+    for upgradable in started:
+        upgradable.stop()
+
+
+@pytest.fixture
+def upgradable(start_upgradable: StartUpgradable) -> Upgradable:
+    return start_upgradable()
+
+
+def ask(client: RawClient, sql: str) -> list[bytes]:
+    """The first column of the rows."""
+    client.send(query(sql))
+    messages = client.read_until(b"Z")
+    assert not [error_fields(body) for kind, body in messages if kind == b"E"]
+    return [body[6:] for kind, body in messages if kind == b"D"]
+
+
+# What moves
+
+
+def test_a_session_in_the_middle_of_a_transaction_moves_and_notices_nothing(upgradable: Upgradable) -> None:
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        ask(client, "begin; create temp table kept (n int); insert into kept values (42)")
+        for _ in range(3):
+            upgradable.upgrade()
+            upgradable.wait_until_moved()
+            assert ask(client, "select n from kept") == [b"42"]
+        assert ask(client, "commit; select count(*) from kept") == [b"1"]
+        assert_serves(upgradable.port)
+        client.send(message(b"X"))
+        assert client.read_to_end() == b""
+    wait_until(lambda: len(upgradable.gateway.log_lines("session ended")) == 2, "the log to say that they have ended")
+
+
+def test_a_session_that_moves_has_its_places_there(start_upgradable: StartUpgradable) -> None:
+    upgradable = start_upgradable(max_clients_per_user=1, max_session_seconds=60)
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        with RawClient(upgradable.port) as other:
+            other.send(startup())
+            other.read_message()
+            other.send(password())
+            assert other.read_fatal()[0] == "53300"
+        client.send(message(b"X"))
+        client.read_to_end()
+    wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the session to have ended")
+    assert_serves(upgradable.port)
+
+
+def test_a_session_that_is_followed_stays(start_upgradable: StartUpgradable) -> None:
+    upgradable = start_upgradable(idle_timeout=60)
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        upgradable.upgrade()
+        client.assert_served()
+        assert upgradable.gateway.process.poll() is None
+    upgradable.wait_until_moved()
+    assert not upgradable.gateway.log_lines("sessions handed over")
+
+
+def test_the_protocol_of_balancers_is_spoken_to_the_new_process(start_upgradable: StartUpgradable) -> None:
+    listen = [{"address": "127.0.0.1:0", "proxy_protocol": True}]
+    upgradable = start_upgradable(listen=listen, proxy_protocol_from=["127.0.0.1"])
+    upgradable.upgrade()
+    with RawClient(upgradable.port) as client:
+        client.send(proxy_v1())
+        client.log_in()
+    assert upgradable.gateway.wait_for("login")["client"] == "192.0.2.7:56324"
+
+
+@pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
+def test_operators_go_on_too_and_see_who_has_moved(
+    start_upgradable: StartUpgradable, tmp_path: Path, *, unix: bool
+) -> None:
+    path = tmp_path / "admin"
+    upgradable = start_upgradable(admin={"listen": f"unix:{path}" if unix else "127.0.0.1:0"})
+    address = upgradable.gateway.wait_for("serving operators")["address"]
+
+    def state() -> list[tuple[str, str]]:
+        with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as connection:
+            connection.settimeout(WAIT_SECONDS)
+            host, _, port = address.rpartition(":")
+            connection.connect(str(path) if unix else (host, int(port)))
+            connection.sendall(b"GET /state HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        found = json.loads(answer.partition(b"\r\n\r\n")[2])
+        return [(row["user"], row["client"]) for row in found["sessions"]]
+
+    with RawClient(upgradable.port) as client:
+        client.log_in(user="alice")
+        here = "{}:{}".format(*client.socket.getsockname())
+        assert state() == [("alice", here)]
+        for _ in range(2):
+            upgradable.upgrade()
+        upgradable.wait_until_moved()
+        wait_until(lambda: state() == [("alice", here)], "the session to be seen where it is now")
+    upgradable.stop()
+    assert not path.exists()
+
+
+def test_a_query_that_runs_meanwhile_is_answered(upgradable: Upgradable, backends: Backends) -> None:
+    name = f"running {upgradable.port}"
+    with RawClient(upgradable.port) as client:
+        client.log_in(application_name=name)
+        client.send(query("select pg_sleep(1)"))
+        wait_until(lambda: backends.sleeps_as(name), "the query to run")
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        assert b"Z" in [kind for kind, _ in client.read_until(b"Z")]
+        client.assert_served()
+
+
+def test_what_the_log_says_of_a_session_that_moved_is_about_all_of_it(upgradable: Upgradable) -> None:
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        sent = query("select 42")
+        client.assert_served()
+        upgradable.upgrade()
+        client.assert_served()
+        client.send(message(b"X"))
+        client.read_to_end()
+    wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
+    (login,) = upgradable.gateway.log_lines("login")
+    (ended,) = upgradable.gateway.log_lines("session ended")
+    assert (ended["session"], ended["why"]) == (login["session"], "client closed")
+    assert ended["bytes_from_client"] == 2 * len(sent) + 5
+    assert ended["bytes_from_target"] > 2 * len(message(b"D", b"\0\x01\0\0\0\x0242"))
+
+
+def test_new_sessions_have_names_of_their_own(upgradable: Upgradable) -> None:
+    assert_serves(upgradable.port)
+    upgradable.upgrade()
+    assert_serves(upgradable.port)
+    wait_until(lambda: len(upgradable.gateway.log_lines("login")) == 2, "the log to tell of both")
+    names = [line["session"] for line in upgradable.gateway.log_lines("login")]
+    assert len(set(names)) == 2
+
+
+@pytest.mark.parametrize("version", [0x30000, 0x30002])
+def test_a_cancel_key_is_good_after_the_move(upgradable: Upgradable, backends: Backends, version: int) -> None:
+    name = f"cancelled {upgradable.port}"
+    with RawClient(upgradable.port) as client:
+        client.send(startup(version, application_name=name))
+        client.read_message()
+        client.send(password())
+        key = next(body for kind, body in client.read_until(b"Z") if kind == b"K")
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        client.send(query("select pg_sleep(60)"))
+        wait_until(lambda: backends.sleeps_as(name), "the query to run")
+        with RawClient(upgradable.port) as other:
+            other.send(cancel_request(key))
+            assert other.read_to_end() == b""
+        assert [error_fields(body)["C"] for kind, body in client.read_until(b"Z") if kind == b"E"] == ["57014"]
+
+
+def test_a_time_limit_goes_on(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator, postgres: ThrowawayPostgres
+) -> None:
+    lines = f"echo _META_TARGET_HOST=127.0.0.1:{postgres.port}; echo user=postgres; echo _META_SESSION_SECONDS=3"
+    upgradable = start_upgradable(authenticator(lines))
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        client.assert_served()
+        assert client.read_fatal() == ("57P01", "terminating connection: its time limit is reached")
+    wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
+    assert upgradable.gateway.log_lines("session ended")[0]["seconds"] >= 3
+
+
+def test_a_login_in_progress_is_finished_where_it_began_and_moves_then(upgradable: Upgradable) -> None:
+    with RawClient(upgradable.port) as client:
+        client.send(startup())
+        client.read_message()
+        upgradable.upgrade()
+        client.send(password())
+        client.read_until(b"Z")
+        upgradable.wait_until_moved()
+        client.assert_served()
+
+
+def test_nobody_is_refused_meanwhile(upgradable: Upgradable) -> None:
+    is_over = threading.Event()
+    failures: list[BaseException] = []
+
+    def go_on() -> None:
+        while not is_over.is_set():
+            try:
+                assert_serves(upgradable.port)
+            except BaseException as failure:  # told to the test below
+                failures.append(failure)
+                return
+
+    clients = [threading.Thread(target=go_on) for _ in range(2)]
+    for client in clients:
+        client.start()
+    try:
+        for _ in range(3):
+            upgradable.upgrade()
+    finally:
+        is_over.set()
+        for client in clients:
+            client.join(WAIT_SECONDS)
+    assert failures == []
+    upgradable.wait_until_moved()
+
+
+# Bytes
+
+
+def test_not_one_byte_is_lost_or_doubled_either_way(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator
+) -> None:
+    """Both sides pour what each can check, with pauses now and then: in one of them the session moves."""
+    block = bytes(range(256)) * 64
+    count = 4000
+    received = hashlib.sha256()
+    target_read = threading.Event()
+
+    def speak(connection: socket.socket) -> None:
+        greet(connection)
+        pouring = threading.Thread(target=pour, args=(connection,))
+        pouring.start()
+        left = count * (len(block) + 4)
+        while left and (data := connection.recv(min(left, 65536))):
+            received.update(data)
+            left -= len(data)
+        target_read.set()
+        pouring.join()
+
+    def pour(connection: socket.socket) -> None:
+        for number in range(count):
+            connection.sendall(struct.pack("!I", number) + block)
+            if number % 50 == 0:
+                time.sleep(0.05)
+
+    expected = hashlib.sha256()
+    for number in range(count):
+        expected.update(struct.pack("!I", number) + block)
+    with ScriptedTarget(speak) as target:
+        upgradable = start_upgradable(authenticator(f"echo _META_TARGET_HOST=127.0.0.1:{target.port}; echo user=x"))
+        with RawClient(upgradable.port) as client:
+            client.log_in()
+            pouring = threading.Thread(target=pour, args=(client.socket,))
+            pouring.start()
+            seen = hashlib.sha256()
+            left = count * (len(block) + 4)
+            upgrades = 0
+            while left:
+                data = client.socket.recv(min(left, 65536))
+                assert data
+                seen.update(data)
+                left -= len(data)
+                if upgrades < 4 and left < count * (len(block) + 4) * (4 - upgrades) // 5:
+                    upgradable.upgrade()
+                    upgrades += 1
+            pouring.join(WAIT_SECONDS)
+            assert target_read.wait(WAIT_SECONDS)
+    assert upgrades == 4
+    assert len(upgradable.gateway.log_lines("sessions handed over")) > 1
+    assert seen.hexdigest() == expected.hexdigest()
+    assert received.hexdigest() == expected.hexdigest()
+
+
+def test_transactions_go_on_through_ten_upgrades(upgradable: Upgradable, postgres: ThrowawayPostgres) -> None:
+    pgbench = postgres.binaries / "pgbench"
+    connection = ["-h", "127.0.0.1", "-p", str(upgradable.port), "-U", "alice", "postgres"]
+    variables = environment | {"PGPASSWORD": "any", "PGSSLMODE": "disable"}
+    script = upgradable.gateway.log.with_name("load.sql")
+    script.write_text("begin;\nselect 1;\nselect generate_series(1, 50);\ncommit;\n")
+    load = subprocess.Popen(
+        [pgbench, "-n", "-c", "4", "-T", "600", "-M", "prepared", "-P", "1", "-f", script, *connection],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=variables,
+        text=True,
+    )
+    try:
+        upgradable.gateway.wait_for("login", 4)
+        for _ in range(10):
+            upgradable.upgrade()
+            wait_until(lambda: not any(map(is_alive, upgradable.pids[1:-1])), "the sessions to be moved")
+        upgradable.wait_until_moved()
+        assert load.poll() is None
+    finally:
+        load.send_signal(signal.SIGINT)
+        said, _ = load.communicate(timeout=WAIT_SECONDS)
+    assert "aborted" not in said
+    assert "error" not in said.lower(), said
+    assert "progress" in said
+
+
+# What stays
+
+
+def test_a_session_with_tls_stays_until_it_ends_and_can_be_cancelled(
+    start_upgradable: StartUpgradable, authority: Authority, backends: Backends
+) -> None:
+    identity = authority.issue("upgraded", "localhost")
+    upgradable = start_upgradable(tls={"cert": str(identity.cert), "key": str(identity.key)})
+    name = f"staying {upgradable.port}"
+    with socket.create_connection(("127.0.0.1", upgradable.port), WAIT_SECONDS) as plain:
+        plain.sendall(struct.pack("!ii", 8, 80877103))
+        assert plain.recv(1) == b"S"
+        client = RawClient.__new__(RawClient)
+        with authority.client_context().wrap_socket(plain, server_hostname="localhost") as client.socket:
+            key = next(body for kind, body in client.log_in(application_name=name) if kind == b"K")
+            upgradable.upgrade()
+            upgradable.upgrade()
+            assert_serves(upgradable.port)
+            client.assert_served()
+            client.send(query("select pg_sleep(60)"))
+            wait_until(lambda: backends.sleeps_as(name), "the query to run")
+            # The newest process passes it on to the one between, which has nothing left but that.
+            with RawClient(upgradable.port) as other:
+                other.send(cancel_request(key))
+                assert other.read_to_end() == b""
+            assert [error_fields(body)["C"] for kind, body in client.read_until(b"Z") if kind == b"E"] == ["57014"]
+            assert all(map(is_alive, upgradable.pids))
+            client.send(message(b"X"))
+            with contextlib.suppress(ssl.SSLError):
+                client.read_to_end()
+    upgradable.wait_until_moved()
+
+
+def test_an_old_process_can_be_told_to_end(start_upgradable: StartUpgradable, authority: Authority) -> None:
+    identity = authority.issue("ended", "localhost")
+    upgradable = start_upgradable(tls={"cert": str(identity.cert), "key": str(identity.key)}, drain_timeout=0)
+    with socket.create_connection(("127.0.0.1", upgradable.port), WAIT_SECONDS) as plain:
+        plain.sendall(struct.pack("!ii", 8, 80877103))
+        assert plain.recv(1) == b"S"
+        client = RawClient.__new__(RawClient)
+        with authority.client_context().wrap_socket(plain, server_hostname="localhost") as client.socket:
+            client.log_in()
+            upgradable.upgrade()
+            client.assert_served()
+            upgradable.gateway.process.send_signal(signal.SIGTERM)
+            assert client.read_fatal()[0] == "57P01"
+    upgradable.wait_until_moved()
+    assert_serves(upgradable.port)
+
+
+def test_what_has_moved_is_inherited_by_no_authenticator(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator, postgres: ThrowawayPostgres, tmp_path: Path
+) -> None:
+    upgradable = start_upgradable(
+        authenticator(
+            f"ls -l /proc/$$/fd | grep -c socket: >'{tmp_path}/sockets'\n"
+            f"echo _META_TARGET_HOST=127.0.0.1:{postgres.port}; echo user=postgres"
+        )
+    )
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        (tmp_path / "sockets").unlink()
+        assert_serves(upgradable.port)
+        assert (tmp_path / "sockets").read_text() == "0\n"
+
+
+# When it fails
+
+
+def test_a_new_process_that_cannot_start_leaves_the_old_one_as_it_was(upgradable: Upgradable) -> None:
+    upgradable.gateway.rewrite(max_clients=0)
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        upgradable.gateway.process.send_signal(signal.SIGUSR2)
+        upgradable.gateway.wait_for("upgrade failed, this process goes on")
+        client.assert_served()
+        assert_serves(upgradable.port)
+        wait_until(lambda: not upgradable.gateway.children, "the new process to be collected")
+        upgradable.gateway.rewrite(max_clients=10)
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        client.assert_served()
+
+
+def test_a_new_process_that_cannot_write_its_pid_file_leaves_the_old_one_as_it_was(upgradable: Upgradable) -> None:
+    upgradable.gateway.rewrite(pid_file="/no/such/folder/pid")
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        upgradable.gateway.process.send_signal(signal.SIGUSR2)
+        upgradable.gateway.wait_for("upgrade failed, this process goes on")
+        client.assert_served()
+        assert_serves(upgradable.port)
+    assert is_alive(upgradable.gateway.pid)
+
+
+# Who is told
+
+
+def test_the_command_upgrades_and_the_pid_file_names_the_new_process(
+    start_upgradable: StartUpgradable, tmp_path: Path, run: Run
+) -> None:
+    pid_file = tmp_path / "pid"
+    upgradable = start_upgradable(pid_file=str(pid_file), listen=["127.0.0.1:0", f"unix:{tmp_path}:5432"])
+    for count in (1, 2):
+        done = run("upgrade", "--config", str(upgradable.gateway.config))
+        assert (done.returncode, done.stderr) == (0, "")
+        upgradable.gateway.wait_for(SUCCEEDED, count)
+        assert pid_file.read_text() == f"{upgradable.pids[-1]}\n"
+        assert (tmp_path / ".s.PGSQL.5432").is_socket()
+    upgradable.wait_until_moved()
+    assert_serves(upgradable.port)
+    upgradable.stop()
+    assert not pid_file.exists()
+    assert not (tmp_path / ".s.PGSQL.5432").exists()
+
+
+def test_systemd_is_told_which_process_it_is(start_upgradable: StartUpgradable, tmp_path: Path) -> None:
+    with contextlib.closing(Manager(str(tmp_path / "notify"))) as manager:
+        upgradable = start_upgradable(environment=manager.environment)
+        assert manager.told() == {"READY": "1"}
+        upgradable.upgrade()
+        assert manager.told() == {"READY": "1"}
+        assert manager.told() == {"MAINPID": str(upgradable.pids[-1])}
+        upgradable.wait_until_moved()
+        upgradable.stop()
+        assert manager.told() == {"STOPPING": "1"}
+
+
+def test_with_several_workers_the_signal_does_no_harm(start_gateway: StartGateway, mapped: Path) -> None:
+    gateway = start_gateway(mapped, workers=2)
+    gateway.process.send_signal(signal.SIGUSR2)
+    gateway.wait_for("not upgraded: with several workers that is a restart")
+    assert_serves(gateway.port)
