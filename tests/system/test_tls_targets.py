@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -916,14 +917,21 @@ def test_a_man_in_the_middle_is_found_out_by_channel_binding(
         assert onward.recv(1) == b"S"
         context = ssl.create_default_context(cafile=str(authority.cert))
         with context.wrap_socket(onward, server_hostname="localhost") as server:
-            threading.Thread(target=pump, args=(server, connection), daemon=True).start()
-            pump(connection, server)
+            assert isinstance(connection, ssl.SSLSocket)
+            pass_on(connection, server)
 
-    def pump(source: socket.socket, sink: socket.socket) -> None:
+    def pass_on(one: ssl.SSLSocket, other: ssl.SSLSocket) -> None:
+        # In one thread: two must not use the same TLS at once.
+        for each in (one, other):
+            each.setblocking(False)
+        peers = {one: other, other: one}
         with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_RDWR)
+            while True:
+                for source in select.select([one, other], [], [], SECONDS)[0]:
+                    with contextlib.suppress(ssl.SSLWantReadError):
+                        if not (data := source.recv(65536)):
+                            return
+                        peers[source].sendall(data)
 
     with ScriptedTarget(script, opens=opens_with_tls(middle)) as target:
         lines = at(target, user="scrammed", _META_TARGET_PASSWORD="scram secret") | tls("verify-full", authority)
