@@ -19,6 +19,8 @@ import yaml
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 
+LATE_SECONDS = 2.0
+"""How late a line of the log may come after the end of the process that was started."""
 WAIT_SECONDS = 20
 
 HBA = """
@@ -92,8 +94,9 @@ class Gateway:
             found = [line for line in self.log_lines(event) if fields.items() <= line.items()]
             if len(found) >= count:
                 return found[count - 1]
-            if self.process.poll() is not None and not self.log_lines(event):
-                break
+            if self.process.poll() is not None:
+                # Not waited for in vain; but another process may write the same log, a little late.
+                deadline = min(deadline, time.monotonic() + LATE_SECONDS)
             time.sleep(0.01)
         raise AssertionError(f"no {count}. {event!r} with {fields} in the log:\n{self.log.read_text()}")
 
