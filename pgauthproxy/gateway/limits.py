@@ -31,12 +31,9 @@ def too_many(what: str) -> GatewayFault:
 class Place:
     """What one client has taken, to be given back whatever becomes of it."""
 
-    __slots__ = ("address", "is_client", "of", "user", "whence")
+    __slots__ = ("address", "is_client", "user")
 
-    def __init__(self, of: bytes, whence: str) -> None:
-        """Of this user, from this address."""
-        self.of = of
-        self.whence = whence
+    def __init__(self) -> None:
         self.is_client = False
         self.user = NONE
         self.address = NONE
@@ -106,7 +103,7 @@ class Limits:
 
         For users that places are kept for there may be one yet, once they have proved themselves (`prove`).
         """
-        place = Place(user, address)
+        place = Place()
         place.is_client = self.ledger.begin(CLIENTS, max(0, self.max_clients - self.reserved))
         if not place.is_client and user not in self.reserved_for:
             kept = f", {self.reserved} kept free (reserved_clients)" if self.reserved else ""
@@ -131,7 +128,7 @@ class Limits:
 
     def take_up(self, user: bytes, address: str) -> Place:
         """A client that another process has let in has its place, even if there are more than there may be."""
-        place = Place(user, address)
+        place = Place()
         place.is_client = self.ledger.begin(CLIENTS, NO_BOUND)
         if self.per_user:
             place.user = self.ledger.take(b"u" + user, NO_BOUND)

@@ -490,8 +490,8 @@ class Session:
         session that cannot be handed over: one that speaks TLS, is followed by an observer, has a credential on lease,
         or has bytes which are on their way.
         """
-        client, target, place = self._client_end, self._target_end, self._place
-        if client is None or target is None or place is None or self._reason is not None or self.cancelling:
+        client, target, identity = self._client_end, self._target_end, self.identity
+        if client is None or target is None or identity is None or self._reason is not None or self.cancelling:
             return None
         if self._lease is not None or isinstance(client, _relay.ObservedEnd):
             return None
@@ -501,8 +501,8 @@ class Session:
         target.leave()
         handed = HandedOver(
             number=self.number,
-            user=place.of,
-            address=place.whence,
+            user=identity.user,
+            address=identity.address,
             identity=self._identity,
             began=self._began,
             seconds_left=self._timer.when() - asyncio.get_running_loop().time() if self._timer is not None else None,
