@@ -135,6 +135,8 @@ class _Alone:
         worker = self._worker
         await worker.start()
         attending: asyncio.Task[None] | None = None
+        # Until the predecessor knows, the files of sockets are its own.
+        is_in_force = predecessor is None
         try:
             if predecessor is not None:
                 generation, removes_files, listening, self._admin_listening = await take_listening(predecessor)
@@ -150,6 +152,7 @@ class _Alone:
             loop.add_signal_handler(signal.SIGUSR2, self._upgrading.ask)
             if predecessor is not None:
                 await predecessor.send(Serving())
+                is_in_force = True
                 attending = loop.create_task(self._relatives.attend(predecessor))
             await worker.serve()
             self._pid_file.give_up()
@@ -166,7 +169,7 @@ class _Alone:
                     task.cancel()
                     await asyncio.wait([task])
             await self._upgrading.close()
-            await self._operators.close()
+            await self._operators.close(removes_files=is_in_force)
             await worker.close()
         self._sink(Noticed("info", "ended"))
 
@@ -215,7 +218,7 @@ class _Alone:
         if taken and settings.admin.listen:
             return taken
         for each in taken:
-            listen.close(each)
+            each.close()
         return open_admin_listeners(settings)
 
     async def _hand_over(self, link: Link) -> None:

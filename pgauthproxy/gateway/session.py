@@ -124,8 +124,6 @@ class HandedOver(msgspec.Struct, frozen=True):
     """A session on its way to another process. `client` and `target`: bytes received, and the last of them."""
 
     number: int
-    user: bytes
-    address: str
     identity: bytes
     began: float
     seconds_left: float | None
@@ -490,8 +488,8 @@ class Session:
         session that cannot be handed over: one that speaks TLS, is followed by an observer, has a credential on lease,
         or has bytes which are on their way.
         """
-        client, target, identity = self._client_end, self._target_end, self.identity
-        if client is None or target is None or identity is None or self._reason is not None or self.cancelling:
+        client, target = self._client_end, self._target_end
+        if client is None or target is None or self._reason is not None or self.cancelling:
             return None
         if self._lease is not None or isinstance(client, _relay.ObservedEnd):
             return None
@@ -501,8 +499,6 @@ class Session:
         target.leave()
         handed = HandedOver(
             number=self.number,
-            user=identity.user,
-            address=identity.address,
             identity=self._identity,
             began=self._began,
             seconds_left=self._timer.when() - asyncio.get_running_loop().time() if self._timer is not None else None,
@@ -524,8 +520,9 @@ class Session:
     ) -> None:
         """Goes on with a session of another process."""
         self = cls(gateway, handed.number, is_taken_up=True)
-        self._place = gateway.limits.take_up(handed.user, handed.address)
         self._identity = handed.identity
+        identity = msgspec.msgpack.decode(handed.identity, type=Identity)
+        self._place = gateway.limits.take_up(identity.user, identity.address)
         self._began = handed.began
         self.cancel_key, self.target_key, self.reached = handed.cancel_key, handed.target_key, handed.reached
         gateway.keys.take_up(self)
