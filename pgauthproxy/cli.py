@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from pgauthproxy import operators, supervised, supervisor, trial, worker
+from pgauthproxy import alone, operators, process, supervised, supervisor, trial
 from pgauthproxy._digest import md5_password
 from pgauthproxy._ledger import SLOTS
 from pgauthproxy.auth.model import AuthenticatorConfigError
@@ -118,7 +118,7 @@ def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
         log(Noticed("warning", warning))
     count = min(available_cores(), SLOTS) if settings.workers == "auto" else settings.workers
     try:
-        listening = worker.open_listeners(settings, service.descriptors) if link is None else []
+        listening = process.open_listeners(settings, service.descriptors) if link is None else []
         # The first process of a container must collect orphans, which may be anybody's but a worker's own.
         is_alone = link is not None or (count == 1 and os.getpid() != 1)
         slots = [] if is_alone else supervisor.open_slots(settings, count, listening, service)
@@ -142,7 +142,7 @@ def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
     try:
         if is_alone:
             words = _own_words()
-            worker.serve(settings, authenticator, listening, admin_listening, read, log, audit, service, words, link)
+            alone.serve(settings, authenticator, listening, admin_listening, read, log, audit, service, words, link)
         else:
             supervisor.supervise(settings, slots, read, log, audit, service)
     except (AuthenticatorConfigError, WorkersFailedError) as error:

@@ -21,7 +21,6 @@ from pgauthproxy.build import (
     authenticator_part,
     build_access,
     build_admission,
-    build_authenticator,
     build_client_tls,
     build_limits,
     build_rules,
@@ -37,6 +36,7 @@ from pgauthproxy.config.load import ConfigError
 from pgauthproxy.config.schema import FIXED, Settings
 from pgauthproxy.events import Event, Noticed, Reloaded, Reloading, Sink
 from pgauthproxy.gateway.session import Gateway, Session
+from pgauthproxy.kinds import build_authenticator
 from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
 from pgauthproxy.net.sockets import StreamSocket

@@ -38,7 +38,8 @@ from pgauthproxy.net import listen
 from pgauthproxy.net.listen import ListenError
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
-from pgauthproxy.worker import Place, Worker, ignore_warnings, prepare_process
+from pgauthproxy.process import ignore_warnings, prepare_process
+from pgauthproxy.worker import Place, Worker
 
 GONE: Final = "the supervisor is gone"
 CANNOT_BEGIN: Final = 2

@@ -48,9 +48,9 @@ from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile
+from pgauthproxy.process import announce, hear_signals
 from pgauthproxy.reload import CONFIGURATION, LOADED, NOT_LOADED, OneAtATime, Read, changed_keys, complain, keep_fixed
 from pgauthproxy.service import Service
-from pgauthproxy.worker import announce, hear_signals
 
 START_SECONDS: Final = 60.0
 """How long a worker may take to begin."""

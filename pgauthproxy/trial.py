@@ -11,12 +11,13 @@ import uvloop
 from pgauthproxy._digest import md5_answer, md5_password
 from pgauthproxy.auth import fields
 from pgauthproxy.auth.model import Authenticator, AuthenticatorConfigError, Question
-from pgauthproxy.build import build_admission, build_authenticator, build_targets
+from pgauthproxy.build import build_admission, build_targets
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import ClientFault, Fault, wrong_password
 from pgauthproxy.events import AuthenticatorSaid, Event
 from pgauthproxy.gateway.admission import Watcher
 from pgauthproxy.gateway.client_leg import SALT_BYTES, ClientPolicy
+from pgauthproxy.kinds import build_authenticator
 from pgauthproxy.ops.log import printable
 from pgauthproxy.proto import messages, scram
 from pgauthproxy.proto.client_login import NO_SALT, Proof

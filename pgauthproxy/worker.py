@@ -1,322 +1,38 @@
-"""One process that serves: start, serve, drain. It may be the only one, or one of several (supervised.py)."""
+"""One process that serves: start, serve, drain. It is the only one (alone.py), or one of several (supervised.py)."""
 
 import asyncio
 import contextlib
 import dataclasses
 import math
 import os
-import resource
-import signal
 import socket
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import msgspec
-import uvloop
-
-from pgauthproxy import _spawn
 from pgauthproxy.auth.model import Authenticator
-from pgauthproxy.build import build_gateway, build_ledger, tcp_options
-from pgauthproxy.config.schema import AuthenticatorSettings, Settings
+from pgauthproxy.build import build_gateway, build_ledger
+from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import GatewayFault
-from pgauthproxy.events import CloseReason, Noticed, Refused, Sink, to_all
+from pgauthproxy.events import CloseReason, Noticed, Refused, to_all
 from pgauthproxy.gateway.session import Gateway, Session, shutting_down
 from pgauthproxy.net import listen
-from pgauthproxy.net.dial import tune
 from pgauthproxy.net.listen import Listener
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.operators import Operators
-from pgauthproxy.operators import open_listeners as open_admin_listeners
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.counts import Counts
 from pgauthproxy.ops.log import LogSink
-from pgauthproxy.pid_file import PidFile, PidFileError
+from pgauthproxy.process import fitting
 from pgauthproxy.proto import messages
-from pgauthproxy.reload import OneAtATime, Read, Reloads, warn_of_cleartext
-from pgauthproxy.service import Service
+from pgauthproxy.reload import Read, Reloads
 from pgauthproxy.stages import Accepted
-from pgauthproxy.upgrade import (
-    Link,
-    Relatives,
-    Serving,
-    TakeListening,
-    UpgradeError,
-    abandon,
-    expect,
-    hand_over_sessions,
-    start_successor,
-    take_listening,
-)
 
-DESCRIPTORS_FOR_ITSELF: Final = 64
-DESCRIPTORS_FOR_OPERATORS: Final = 68
-DESCRIPTORS_OF_A_SESSION: Final = 2
-DESCRIPTORS_OF_AN_AUTHENTICATOR: Final = 10
 RELEASE_SECONDS: Final = 5.0
 """How long the end waits for what sessions have given back to arrive."""
 SESSIONS_BITS: Final = 40
 """Of a session's number; the rest is the generation of its worker."""
-TellWhy = Callable[[tuple[str, object]], object]
-
-
-def open_listeners(settings: Settings, inherited: Sequence[int] = ()) -> list[StreamSocket]:
-    """Binds everything that is to be listened on, or nothing, unless these descriptors are it. Raises ListenError."""
-    _fill_standard_descriptors()
-    opened: list[StreamSocket] = []
-    addresses = [(listen.parse_listen(each.address), each.proxy_protocol) for each in settings.listeners]
-    try:
-        opened += map(listen.take_over, inherited)
-        for listening in opened:
-            listening.proxy_protocol = any(is_so and listen.is_at(listening, where) for where, is_so in addresses)
-        for address, is_so in addresses if not inherited else ():
-            opened += listen.open_sockets(address, settings.backlog, proxy_protocol=is_so)
-    except listen.ListenError:
-        for listening in opened:
-            listening.close()
-        raise
-    for listening in opened:
-        # What is accepted inherits it.
-        tune(listening, tcp_options(settings))
-    return opened
-
-
-def serve(
-    settings: Settings,
-    authenticator: Authenticator,
-    listening: list[StreamSocket],
-    admin_listening: list[StreamSocket],
-    read: Read,
-    log: LogSink,
-    audit: AuditSink | None,
-    service: Service,
-    words: Sequence[str],
-    link: Link | None,
-) -> None:
-    """Runs until a signal ends it; `read` reads the settings anew. The program is started anew, for an
-    upgrade, with `words`; `link` leads to the process that is to be succeeded, if there is one.
-
-    Raises AuthenticatorConfigError, PidFileError and UpgradeError if it cannot begin to.
-    """
-    ignore_warnings()
-    prepare_process()
-    place = Place(removes_files=not service.descriptors)
-    worker = Worker(settings, authenticator, listening, read, log, audit, place)
-    uvloop.run(_Alone(worker, log, service, words, admin_listening).run(link))
-
-
-class _Alone:
-    """A worker without a supervisor: it hears signals itself, and can be succeeded."""
-
-    def __init__(
-        self,
-        worker: "Worker",
-        sink: LogSink,
-        service: Service,
-        words: Sequence[str],
-        admin_listening: list[StreamSocket],
-    ) -> None:
-        assert worker.operators is not None  # noqa: S101 (it is the only worker)
-        self._worker = worker
-        self._operators = worker.operators
-        self._admin_listening = admin_listening
-        self._sink = sink
-        self._service = service
-        self._words = words
-        self._pid_file = PidFile(worker.reloads.settings.pid_file)
-        self._relatives = Relatives(worker.gateway)
-        self._upgrading = OneAtATime(self._upgrade)
-        self._is_succeeded = False
-        self._handing_over: asyncio.Task[None] | None = None
-
-    async def run(self, predecessor: Link | None) -> None:
-        worker = self._worker
-        await worker.start()
-        attending: asyncio.Task[None] | None = None
-        # Until the predecessor knows, the files of sockets are its own.
-        is_in_force = predecessor is None
-        try:
-            if predecessor is not None:
-                generation, removes_files, listening, self._admin_listening = await take_listening(predecessor)
-                worker.succeed(generation, removes_files, listening)
-                self._admin_listening = self._fitting(self._admin_listening)
-            hear_signals(worker.drain, worker.end_now, worker.reloads.reloading, self._service)
-            self._pid_file.take()
-            worker.listen()
-            announce(worker.reloads.settings, worker.listening, self._sink)
-            self._operators.serve(self._admin_listening)
-            self._service.ready()
-            loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGUSR2, self._upgrading.ask)
-            if predecessor is not None:
-                await predecessor.send(Serving())
-                is_in_force = True
-                attending = loop.create_task(self._relatives.attend(predecessor))
-            await worker.serve()
-            self._pid_file.give_up()
-            if not self._is_succeeded:
-                self._service.stopping()
-            await worker.finish()
-            if self._is_succeeded and attending is not None:
-                # Cancel requests for its sessions go through this process.
-                await worker.until_told(attending)
-        finally:
-            self._pid_file.give_up()
-            for task in (attending, self._handing_over):
-                if task is not None:
-                    task.cancel()
-                    await asyncio.wait([task])
-            await self._upgrading.close()
-            await self._operators.close(removes_files=is_in_force)
-            await worker.close()
-        self._sink(Noticed("info", "ended"))
-
-    async def _upgrade(self) -> None:
-        if self._is_succeeded or self._worker.is_draining:
-            self._sink(Noticed("warning", "not upgraded: this process is on its way out"))
-            return
-        try:
-            pid, link = await start_successor(self._words, self._service.environment)
-        except UpgradeError as error:
-            self._failed(error)
-            return
-        if self._worker.is_draining:
-            abandon(pid, link)
-            return
-        self._worker.pause()
-        self._pid_file.give_up()
-        try:
-            await link.send(
-                TakeListening(
-                    self._worker.generation + 1,
-                    self._worker.removes_files,
-                    tuple(each.proxy_protocol for each in self._worker.listening),
-                    len(self._operators.listening),
-                ),
-                [each.fileno() for each in (*self._worker.listening, *self._operators.listening)],
-            )
-            await expect(link, Serving)
-        except UpgradeError as error:
-            abandon(pid, link)
-            with contextlib.suppress(PidFileError):
-                self._pid_file.take()
-            self._worker.listen()
-            self._failed(error)
-            return
-        self._sink(Noticed("info", "succeeded by another process", (("pid", pid),)))
-        self._service.hand_to(pid)
-        self._is_succeeded = True
-        await self._operators.close(removes_files=False)
-        self._worker.be_succeeded()
-        self._handing_over = asyncio.get_running_loop().create_task(self._hand_over(link))
-
-    def _fitting(self, taken: list[StreamSocket]) -> list[StreamSocket]:
-        """What operators are to be served on, of what was taken over. Raises ListenError."""
-        settings = self._worker.reloads.settings
-        if taken and settings.admin.listen:
-            return taken
-        for each in taken:
-            each.close()
-        return open_admin_listeners(settings)
-
-    async def _hand_over(self, link: Link) -> None:
-        attending = asyncio.get_running_loop().create_task(self._relatives.attend(link))
-        try:
-            await hand_over_sessions(self._worker.gateway, link, self._sink)
-            await attending
-        finally:
-            attending.cancel()
-            await asyncio.wait([attending])
-
-    def _failed(self, error: UpgradeError) -> None:
-        self._sink(Noticed("error", "upgrade failed, this process goes on", (("reason", str(error)),)))
-
-
-def hear_signals(drain: TellWhy, end_now: TellWhy, reloading: OneAtATime, service: Service) -> None:
-    """SIGTERM and SIGINT drain at first, and end at once when one comes again; SIGHUP reloads.
-
-    The service manager is told of reloads.
-    """
-    heard: list[signal.Signals] = []
-
-    def end(number: signal.Signals) -> None:
-        heard.append(number)
-        (drain if len(heard) == 1 else end_now)(("signal", number.name))
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end, number)
-
-    def reload() -> None:
-        service.reloading()
-        reloading.ask()
-
-    reloading.when_done = service.ready
-    loop.add_signal_handler(signal.SIGHUP, reload)
-
-
-def announce(settings: Settings, listening: Sequence[StreamSocket], sink: Sink) -> None:
-    """Tells where clients may connect now."""
-    for each in listening:
-        sink(Noticed("info", "listening", (("address", listen.describe(each)),)))
-    warn_of_cleartext(settings, listening, sink)
-
-
-def ignore_warnings() -> None:
-    """What libraries tell their developers, of a certificate that a peer shows say, is nothing for the log."""
-    warnings.simplefilter("ignore")
-
-
-def prepare_process() -> None:
-    """Closes what credentials could leak through, and raises the limit on descriptors."""
-    _spawn.keep_descriptors_private()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def fitting(settings: Settings, sink: Sink) -> Settings:
-    """The settings with no more clients and logins than there are descriptors for.
-
-    A login that has not named itself holds one; there may be max_logins of them besides the clients.
-    """
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if descriptors == resource.RLIM_INFINITY:
-        return settings
-    reserved = DESCRIPTORS_FOR_OPERATORS if settings.admin.listen else 0
-    free = descriptors - DESCRIPTORS_FOR_ITSELF - reserved - _descriptors_of(settings.authenticator)
-    if settings.max_clients * DESCRIPTORS_OF_A_SESSION + settings.max_logins <= free:
-        return settings
-    max_logins = min(settings.max_logins, max(1, free // 4))
-    max_clients = min(settings.max_clients, max(1, (free - max_logins) // DESCRIPTORS_OF_A_SESSION))
-    for name, fitting, asked_for in (
-        ("max_clients", max_clients, settings.max_clients),
-        ("max_logins", max_logins, settings.max_logins),
-    ):
-        if fitting < asked_for:
-            facts = ((name, fitting), ("asked_for", asked_for), ("descriptors", descriptors))
-            sink(Noticed("warning", f"{name} lowered to what the limit on descriptors allows", facts))
-    return msgspec.structs.replace(settings, max_clients=max_clients, max_logins=max_logins)
-
-
-def _descriptors_of(asked: AuthenticatorSettings) -> int:
-    """What an authenticator holds at most."""
-    match asked.decided_kind:
-        case "http":
-            return asked.http.max_in_flight
-        case "chain":
-            return sum(map(_descriptors_of, asked.chain))
-        case _:
-            return DESCRIPTORS_OF_AN_AUTHENTICATOR * asked.max_parallel
-
-
-def _fill_standard_descriptors() -> None:
-    """Descriptors 0 to 2 are open from here on, so that no socket ever gets one of these numbers."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)

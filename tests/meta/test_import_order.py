@@ -28,7 +28,7 @@ LAYOUT = [
     "ops.snapshot ops.counts ops.acts ops.metrics ops.history ops.view ops.http ops.page ops.admin",
     "config.schema config.load config.reference",
     "ops.console",
-    "program control upgrade build operators reload worker supervised supervisor trial top",
+    "kinds build program control upgrade operators reload process worker alone supervised supervisor trial top",
     "throwaway demo",
     "terminal users_command",
     "cli __main__",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pgauthproxy import build
+from pgauthproxy import build, kinds
 from pgauthproxy.config.schema import (
     AuthenticatorSettings,
     CertificateSettings,
@@ -88,14 +88,14 @@ def test_certificates_that_are_not_used_are_not_looked_at() -> None:
     unused = TlsSettings(mode="disable", cert="/no/such.crt", key="/no/such.key")
     assert faults(tls=unused) == []
     assert build.build_client_tls(Settings(tls=unused)) is None
-    assert build._made_up_from(Settings(tls=unused))
+    assert kinds.made_up_from(Settings(tls=unused))
     unused_too = TargetTlsSettings(mode="disable", ca="/no/such.crt")
     assert faults(target=TargetSettings(tls=unused_too)) == []
 
 
 def test_what_refused_users_are_shown_is_as_stable_as_the_operator_has_made_it(files: dict[str, Any]) -> None:
     def twice(settings: Settings) -> tuple[Any, Any]:
-        one, other = (build._made_up_from(settings) for _ in range(2))
+        one, other = (kinds.made_up_from(settings) for _ in range(2))
         return one, other
 
     seeded = Settings(authenticator=AuthenticatorSettings(scram_seed="seed"), tls=TlsSettings(**files))
@@ -114,7 +114,7 @@ def test_the_settings_for_targets_are_what_the_gateway_uses(files: dict[str, Any
     tls = TargetTlsSettings(mode="verify-full", ca="system", negotiation="direct", name="db", **files)
     settings = Settings(target=TargetSettings(tls=tls, protocol="3.2"))
     expected = TargetTls("verify-full", "system", files["cert"], files["key"], "direct", "db")
-    assert build.target_tls(settings) == expected
+    assert kinds.target_tls(settings) == expected
     policy = build.build_targets(settings).policy
     assert (policy.version, policy.tls) == (messages.PROTOCOL_3_2, expected)
     assert build.build_targets(Settings()).policy.version == messages.PROTOCOL_3_0
