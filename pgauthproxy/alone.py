@@ -11,6 +11,7 @@ from pgauthproxy.auth.model import Authenticator
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.events import Noticed
 from pgauthproxy.net.sockets import StreamSocket
+from pgauthproxy.operators import Operators, open_console
 from pgauthproxy.operators import open_listeners as open_admin_listeners
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
@@ -68,10 +69,9 @@ class _Alone:
         words: Sequence[str],
         admin_listening: list[StreamSocket],
     ) -> None:
-        assert worker.operators is not None  # noqa: S101 (it is the only worker)
         self._worker = worker
-        self._operators = worker.operators
-        self._admin_listening = admin_listening
+        self._operators = Operators(admin_listening, worker.own.snapshot, worker.own.act, worker.sink)
+        open_console(worker.gateway, worker.own.snapshot, worker.own.act, lambda: worker.reloads.settings, worker.sink)
         self._sink = sink
         self._service = service
         self._words = words
@@ -89,14 +89,14 @@ class _Alone:
         is_in_force = predecessor is None
         try:
             if predecessor is not None:
-                generation, removes_files, listening, self._admin_listening = await take_listening(predecessor)
+                generation, removes_files, listening, admin_listening = await take_listening(predecessor)
                 worker.succeed(generation, removes_files, listening)
-                self._admin_listening = self._fitting(self._admin_listening)
+                self._operators.listening = self._fitting(admin_listening)
             hear_signals(worker.drain, worker.end_now, worker.reloads.reloading, self._service)
             self._pid_file.take()
             worker.listen()
             announce(worker.reloads.settings, worker.listening, self._sink)
-            self._operators.serve(self._admin_listening)
+            self._operators.serve(worker.reloads.settings)
             self._service.ready()
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGUSR2, self._upgrading.ask)

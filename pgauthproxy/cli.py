@@ -122,7 +122,7 @@ def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
         # The first process of a container must collect orphans, which may be anybody's but a worker's own.
         is_alone = link is not None or (count == 1 and os.getpid() != 1)
         slots = [] if is_alone else supervisor.open_slots(settings, count, listening, service)
-        admin_listening = operators.open_listeners(settings) if is_alone and link is None else []
+        admin_listening = operators.open_listeners(settings) if link is None else []
         version()
         privileges.become(identity)
         if settings.no_new_privs:
@@ -144,7 +144,7 @@ def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
             words = _own_words()
             alone.serve(settings, authenticator, listening, admin_listening, read, log, audit, service, words, link)
         else:
-            supervisor.supervise(settings, slots, read, log, audit, service)
+            supervisor.supervise(settings, slots, admin_listening, read, log, audit, service)
     except (AuthenticatorConfigError, WorkersFailedError) as error:
         fail(*error.faults)
     except (PidFileError, UpgradeError, listen.ListenError) as error:

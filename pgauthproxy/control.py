@@ -7,11 +7,13 @@ import asyncio
 import itertools
 import socket
 from collections.abc import AsyncIterator, Callable
-from typing import Final, Self
+from typing import Final, Generic, Self, TypeVar
 
 import msgspec
 
 from pgauthproxy.config.schema import Settings
+from pgauthproxy.ops.acts import Act, UnansweredError
+from pgauthproxy.ops.snapshot import Snapshot
 
 LENGTH_BYTES: Final = 4
 MOST_WAITING: Final = 16 << 20
@@ -27,8 +29,8 @@ class Begin(Frame, frozen=True):
 
     `slot` is its place among the workers, which its successor has too; `generation` is its own. `removes_files`: those
     of Unix sockets, should the supervisor no longer be there to do it. `proxy_protocol`: which of the descriptors it is
-    spoken on. `ledger`: the descriptor of the counts that all workers share, -1 if each has its own. `is_only`: whether
-    there are no others.
+    spoken on. `ledger`: the descriptor of the counts that all workers share, -1 if each has its own. `is_paused`:
+    whether logins are to wait from the start.
     """
 
     slot: int
@@ -38,7 +40,7 @@ class Begin(Frame, frozen=True):
     proxy_protocol: tuple[bool, ...]
     removes_files: bool
     ledger: int
-    is_only: bool
+    is_paused: bool
 
 
 class Settle(Frame, frozen=True):
@@ -96,9 +98,67 @@ class CancelDone(Frame, frozen=True):
     outcome: str
 
 
-ToWorker = Begin | Settle | OpenAnew | Drain | EndNow | Ping | CancelAsked | CancelDone
-ToSupervisor = Ready | Failed | Pong | CancelAsked | CancelDone
+class Look(msgspec.Struct, frozen=True, tag=True):
+    """What is there, with so many of the newest sessions one by one."""
+
+    rows: int
+
+
+class Asked(Frame, frozen=True):
+    """What an operator wants: from a worker that was asked, of the whole gateway; and to each worker, of its part."""
+
+    ticket: int
+    wanted: Look | Act
+
+
+class Answered(Frame, frozen=True):
+    """What there is, or how many sessions an act concerned."""
+
+    ticket: int
+    said: Snapshot | int
+
+
+ToWorker = Begin | Settle | OpenAnew | Drain | EndNow | Ping | CancelAsked | CancelDone | Asked | Answered
+ToSupervisor = Ready | Failed | Pong | CancelAsked | CancelDone | Asked | Answered
 _DECODER: Final = msgspec.msgpack.Decoder(ToWorker | ToSupervisor)
+
+
+Said = TypeVar("Said")
+
+
+class Questions(Generic[Said]):
+    """Questions that another process was asked, and has not answered yet."""
+
+    def __init__(self) -> None:
+        self._tickets = itertools.count()
+        self._waiting: dict[int, asyncio.Future[Said]] = {}
+
+    async def ask(self, send: Callable[[int], bool], seconds: float) -> Said:
+        """The answer; `send` puts the question under a ticket, and says whether it is on its way.
+
+        Raises UnansweredError, and TimeoutError.
+        """
+        ticket = next(self._tickets)
+        if not send(ticket):
+            raise UnansweredError("the other process is gone")
+        answer: asyncio.Future[Said] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = answer
+        try:
+            async with asyncio.timeout(seconds):
+                return await answer
+        finally:
+            del self._waiting[ticket]
+
+    def answered(self, ticket: int, said: Said) -> None:
+        answer = self._waiting.get(ticket)
+        if answer is not None and not answer.done():
+            answer.set_result(said)
+
+    def give_up(self, why: str) -> None:
+        """Nobody will answer any more."""
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(UnansweredError(why))
 
 
 class CancelQuestions:
@@ -107,33 +167,23 @@ class CancelQuestions:
     def __init__(self, send: Callable[[CancelAsked], bool]) -> None:
         """`send` says whether the question is on its way."""
         self._send = send
-        self._tickets = itertools.count()
-        self._waiting: dict[int, asyncio.Future[tuple[str, str]]] = {}
+        self._questions = Questions[tuple[str, str]]()
 
     async def ask(self, key: bytes, seconds: float) -> tuple[str, str]:
         """The session's id, and the outcome."""
-        ticket = next(self._tickets)
-        if not self._send(CancelAsked(ticket, key)):
-            return "", "not passed on: the other process is gone"
-        answer: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
-        self._waiting[ticket] = answer
         try:
-            async with asyncio.timeout(seconds):
-                return await answer
+            return await self._questions.ask(lambda ticket: self._send(CancelAsked(ticket, key)), seconds)
+        except UnansweredError as error:
+            return "", f"not passed on: {error}"
         except TimeoutError:
             return "", f"passed on to another worker, not confirmed in {seconds:g} s"
-        finally:
-            del self._waiting[ticket]
 
     def answered(self, done: CancelDone) -> None:
-        answer = self._waiting.get(done.ticket)
-        if answer is not None and not answer.done():
-            answer.set_result((done.session, done.outcome))
+        self._questions.answered(done.ticket, (done.session, done.outcome))
 
     def give_up(self, why: str) -> None:
         """Nobody will answer any more."""
-        for ticket in list(self._waiting):
-            self.answered(CancelDone(ticket, "", f"not passed on: {why}"))
+        self._questions.give_up(why)
 
 
 class Channel:

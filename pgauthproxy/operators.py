@@ -1,10 +1,13 @@
-"""What operators see of one worker, and do to it: the admin console, and what is served by HTTP."""
+"""What operators see of a gateway, and do to it: the admin console, and what is served by HTTP.
 
-import asyncio
-import os
-import signal
-from collections.abc import Callable, Sequence
-from typing import Final
+Both are given what the gateway knows of itself, and what acts on it, by whoever can reach the whole of it: a process
+that serves alone itself (`Own`), a supervisor through its workers (whole.py), a worker through its supervisor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from pgauthproxy.build import admin_token, build_console
 from pgauthproxy.config.schema import Settings
@@ -14,9 +17,12 @@ from pgauthproxy.net import listen
 from pgauthproxy.net.listen import ListenError
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.ops import console
-from pgauthproxy.ops.acts import Act, Reload, Shutdown, act_on
+from pgauthproxy.ops.acts import Act, PerformAct, Reload, Shutdown, act_on, signal_itself
 from pgauthproxy.ops.counts import Counts
-from pgauthproxy.ops.snapshot import Snapshot
+from pgauthproxy.ops.snapshot import Snapshot, TakeSnapshot
+
+if TYPE_CHECKING:
+    from pgauthproxy.ops.admin import AdminServer
 
 BACKLOG: Final = 64
 
@@ -35,60 +41,76 @@ def open_listeners(settings: Settings) -> list[StreamSocket]:
         raise ListenError(f"admin.{error}") from None
 
 
-class Operators:
-    """States, in order: made (there is a console), serving by HTTP (`serve`), closed.
+def remove_files(settings: Settings) -> None:
+    """Removes what the process that served operators cannot remove any more, since it is gone."""
+    if settings.admin.listen:
+        address = listen.parse_admin_listen(settings.admin.listen)
+        if address.folder:
+            listen.remove_file(address.socket_path)
 
-    `process` is whom signals for the whole gateway go to.
-    """
 
-    def __init__(
-        self, gateway: Gateway, counts: Counts, settings: Callable[[], Settings], process: int, sink: Sink
-    ) -> None:
+class Own:
+    """What one process knows of its own sessions, and does to them."""
+
+    def __init__(self, gateway: Gateway, counts: Counts) -> None:
         self._gateway = gateway
         self._counts = counts
-        self._settings = settings
-        self._process = process
-        self._sink = sink
-        answers = console.Answers(self._snapshot, self._act, settings, sink)
-        gateway.console = build_console(settings(), console.parse, answers.perform, gateway.admission.throttle)
-        self.listening: list[StreamSocket] = []
 
-    def serve(self, listening: Sequence[StreamSocket]) -> None:
-        """Serves on these sockets, if there are any, which it owns from here on."""
-        self.listening = [*listening]
-        if not listening:
+    async def snapshot(self, rows: int) -> Snapshot:
+        """As TakeSnapshot has it, for a process that is the whole gateway."""
+        return await self._counts.snapshot(self._gateway, rows=rows)
+
+    async def act(self, act: Act) -> int:
+        """As PerformAct has it, for a process that is the whole gateway."""
+        match act:
+            case Reload() | Shutdown():
+                signal_itself(act)
+                return 0
+            case _:
+                return act_on(self._gateway, act)
+
+
+def open_console(
+    gateway: Gateway, take: TakeSnapshot, act: PerformAct, settings: Callable[[], Settings], sink: Sink
+) -> None:
+    """Has clients find the admin console, if the settings have one."""
+    answers = console.Answers(take, act, settings, sink)
+    gateway.console = build_console(settings(), console.parse, answers.perform, gateway.admission.throttle)
+
+
+class Operators:
+    """Who is served by HTTP, from `serve` to `close`, on sockets that it owns; if there are any."""
+
+    def __init__(self, listening: list[StreamSocket], take: TakeSnapshot, act: PerformAct, sink: Sink) -> None:
+        self.listening = listening
+        self._take = take
+        self._act = act
+        self._sink = sink
+        self._server: AdminServer | None = None
+
+    def serve(self, settings: Settings) -> None:
+        if not self.listening:
             return
         # Only now: what it takes to make metrics is not loaded where nobody asks for them.
-        from pgauthproxy.ops.admin import AdminPolicy, AdminServer, measure_lag
+        from pgauthproxy.ops.admin import AdminPolicy, AdminServer
 
-        settings = self._settings()
         own = listen.parse_admin_listen(settings.admin.listen).host
         policy = AdminPolicy([*settings.admin.hosts, *([own] if own else [])], admin_token(settings))
-        self._server = AdminServer(self.listening, policy, self._snapshot, self._act, self._sink)
-        self._measuring = asyncio.get_running_loop().create_task(measure_lag(self._counts))
+        self._server = AdminServer(self.listening, policy, self._take, self._act, self._sink)
         self._server.start()
-        for each in listening:
+        for each in self.listening:
             level = "info" if listen.is_local(each) else "warning"
             remedy = () if listen.is_local(each) else (("beware", "other machines reach it, and it is not encrypted"),)
             self._sink(Noticed(level, "serving operators", (("address", listen.describe(each)), *remedy)))
 
     async def close(self, *, removes_files: bool = True) -> None:
         """Serves no more; `removes_files`: those of Unix sockets, unless another process serves on them."""
-        if self.listening:
-            self._measuring.cancel()
+        if self._server is not None:
             await self._server.close(removes_files=removes_files)
-            self.listening = []
-
-    async def _snapshot(self, rows: int) -> Snapshot:
-        return await self._counts.snapshot(self._gateway, paused=self._gateway.held is not None, rows=rows)
-
-    async def _act(self, act: Act) -> int:
-        """Does what an operator asks for; says how many sessions it concerned."""
-        match act:
-            case Reload():
-                os.kill(self._process, signal.SIGHUP)
-            case Shutdown():
-                os.kill(self._process, signal.SIGTERM)
-            case _:
-                return act_on(self._gateway, act)
-        return 0
+        else:
+            for each in self.listening:
+                if removes_files:
+                    listen.close(each)
+                else:
+                    each.close()
+        self.listening = []

@@ -5,19 +5,20 @@ that is gone, the worker drains: nobody would replace it.
 """
 
 import asyncio
-import os
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from typing import Final
 
 import uvloop
 
-from pgauthproxy import operators
 from pgauthproxy.auth.model import AuthenticatorConfigError
 from pgauthproxy.build import build_audit, examine
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.control import (
+    Answered,
+    Asked,
     Begin,
     CancelAsked,
     CancelDone,
@@ -26,22 +27,30 @@ from pgauthproxy.control import (
     Drain,
     EndNow,
     Failed,
+    Look,
     OpenAnew,
     Ping,
     Pong,
+    Questions,
     Ready,
     Settle,
 )
 from pgauthproxy.events import Noticed, Reloading
 from pgauthproxy.gateway import cancel
 from pgauthproxy.net import listen
-from pgauthproxy.net.listen import ListenError
+from pgauthproxy.operators import open_console, remove_files
+from pgauthproxy.ops.acts import Act, Pause, Reload, Shutdown, UnansweredError
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
+from pgauthproxy.ops.snapshot import Snapshot
 from pgauthproxy.process import ignore_warnings, prepare_process
 from pgauthproxy.worker import Place, Worker
 
 GONE: Final = "the supervisor is gone"
+NOBODY_WAITS: Final = -1
+"""The ticket of a question that is not waited for."""
+SUPERVISOR_SECONDS: Final = 5.0
+"""How long it may take to ask all workers."""
 CANNOT_BEGIN: Final = 2
 """Exit status: the supervisor was told why."""
 
@@ -87,30 +96,20 @@ async def _serve(channel: Channel, begin: Begin, sink: LogSink, audit: AuditSink
         channel.send(Failed(tuple(faults)))
         return CANNOT_BEGIN
     latest = Latest(begin.settings)
-    place = Place(
-        begin.slot,
-        begin.generation,
-        removes_files=False,
-        ledger=begin.ledger,
-        is_only=begin.is_only,
-        process=os.getppid(),
-    )
+    place = Place(begin.slot, begin.generation, removes_files=False, ledger=begin.ledger)
     worker = Worker(begin.settings, authenticator, listening, latest.read, sink, audit, place)
     try:
-        admin_listening = operators.open_listeners(begin.settings)
         await worker.start()
-    except ListenError as error:
-        channel.send(Failed((str(error),)))
-        return CANNOT_BEGIN
     except AuthenticatorConfigError as error:
         channel.send(Failed(error.faults))
         return CANNOT_BEGIN
     obeying = Obeying(channel, worker, latest, begin.removes_files, sink, audit)
     attending = asyncio.get_running_loop().create_task(obeying.attend())
+    open_console(worker.gateway, obeying.look, obeying.act, lambda: worker.reloads.settings, worker.sink)
+    if begin.is_paused:
+        await worker.own.act(Pause())
     try:
         worker.listen()
-        if worker.operators is not None:
-            worker.operators.serve(admin_listening)
         channel.send(Ready())
         await worker.serve()
         await worker.finish()
@@ -118,8 +117,6 @@ async def _serve(channel: Channel, begin: Begin, sink: LogSink, audit: AuditSink
         attending.cancel()
         await asyncio.wait([attending])
         await obeying.close()
-        if worker.operators is not None:
-            await worker.operators.close()
         await worker.close()
     return 0
 
@@ -135,7 +132,7 @@ class Latest:
 
 
 class Obeying:
-    """Does what the supervisor says, and passes on cancel requests whose keys are other workers'."""
+    """Does what the supervisor says, and passes on what concerns other workers too."""
 
     def __init__(
         self,
@@ -152,8 +149,9 @@ class Obeying:
         self._removes_files = removes_files
         self._sink = sink
         self._audit = audit
-        self._questions = CancelQuestions(channel.send)
-        self._cancelling: set[asyncio.Task[None]] = set()
+        self._cancels = CancelQuestions(channel.send)
+        self._wishes = Questions[Snapshot | int]()
+        self._answering: set[asyncio.Task[None]] = set()
         worker.gateway.ask_elsewhere = self._ask_elsewhere
 
     async def attend(self) -> None:
@@ -173,11 +171,13 @@ class Obeying:
                 case EndNow(why):
                     self._worker.end_now(("signal", why))
                 case CancelAsked():
-                    task = asyncio.get_running_loop().create_task(self._cancel(frame))
-                    self._cancelling.add(task)
-                    task.add_done_callback(self._cancelling.discard)
+                    self._answer(self._cancel(frame))
                 case CancelDone():
-                    self._questions.answered(frame)
+                    self._cancels.answered(frame)
+                case Asked():
+                    self._answer(self._do(frame))
+                case Answered(ticket, said):
+                    self._wishes.answered(ticket, said)
         self._orphaned()
 
     def _orphaned(self) -> None:
@@ -185,7 +185,9 @@ class Obeying:
         asyncio.get_running_loop().add_signal_handler(
             signal.SIGTERM, self._worker.end_now, ("signal", signal.SIGTERM.name)
         )
-        self._questions.give_up(GONE)
+        self._cancels.give_up(GONE)
+        self._wishes.give_up(GONE)
+        remove_files(self._latest.settings)
         if self._removes_files:
             for each in self._worker.listening:
                 if each.family == socket.AF_UNIX and each.fileno() >= 0:
@@ -194,16 +196,49 @@ class Obeying:
 
     async def close(self) -> None:
         """Gives up what is under way."""
-        for task in self._cancelling:
+        for task in self._answering:
             task.cancel()
-        if self._cancelling:
-            await asyncio.wait(self._cancelling)
+        if self._answering:
+            await asyncio.wait(self._answering)
+
+    async def look(self, rows: int) -> Snapshot:
+        """The whole gateway's, as TakeSnapshot has it."""
+        said = await self._ask(Look(rows))
+        assert isinstance(said, Snapshot)  # noqa: S101 (what looks are answered with)
+        return said
+
+    async def act(self, act: Act) -> int:
+        """On the whole gateway, as PerformAct has it."""
+        if isinstance(act, Reload | Shutdown):
+            # As with a signal, there is nothing to wait for; and who asks is to be told before it is done to him.
+            self._channel.send(Asked(NOBODY_WAITS, act))
+            return 0
+        said = await self._ask(act)
+        assert isinstance(said, int)  # noqa: S101 (what acts are answered with)
+        return said
+
+    async def _ask(self, wanted: Look | Act) -> Snapshot | int:
+        try:
+            return await self._wishes.ask(lambda ticket: self._channel.send(Asked(ticket, wanted)), SUPERVISOR_SECONDS)
+        except TimeoutError:
+            raise UnansweredError("the supervisor does not answer") from None
+
+    def _answer(self, answering: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(answering)
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _do(self, asked: Asked) -> None:
+        """The supervisor wants to know what there is here, or has it changed."""
+        own, wanted = self._worker.own, asked.wanted
+        said = await (own.snapshot(wanted.rows) if isinstance(wanted, Look) else own.act(wanted))
+        self._channel.send(Answered(asked.ticket, said))
 
     async def _ask_elsewhere(self, key: bytes) -> tuple[str, str]:
         gateway = self._worker.gateway
         if not gateway.keys.may_be_elsewhere(key):
             return "", cancel.NOBODYS
-        return await self._questions.ask(key, gateway.cancel_timeout)
+        return await self._cancels.ask(key, gateway.cancel_timeout)
 
     async def _cancel(self, asked: CancelAsked) -> None:
         """Another worker was asked for what is ours."""

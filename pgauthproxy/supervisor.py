@@ -19,7 +19,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -29,6 +29,8 @@ from pgauthproxy.build import build_ledger, examine, with_lasting_seed
 from pgauthproxy.config.load import ConfigError
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.control import (
+    Answered,
+    Asked,
     Begin,
     CancelAsked,
     CancelDone,
@@ -36,21 +38,26 @@ from pgauthproxy.control import (
     Drain,
     EndNow,
     Failed,
+    Look,
     OpenAnew,
     Ping,
     Ready,
     Settle,
+    ToWorker,
 )
 from pgauthproxy.events import Noticed, Reloaded, Reloading, ignore, to_all
 from pgauthproxy.gateway.cancel import NOBODYS, slot_of
 from pgauthproxy.net import listen
 from pgauthproxy.net.sockets import StreamSocket
+from pgauthproxy.operators import Operators
+from pgauthproxy.ops.acts import Pause, Resume
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile
 from pgauthproxy.process import announce, hear_signals
 from pgauthproxy.reload import CONFIGURATION, LOADED, NOT_LOADED, OneAtATime, Read, changed_keys, complain, keep_fixed
 from pgauthproxy.service import Service
+from pgauthproxy.whole import Part, Whole
 
 START_SECONDS: Final = 60.0
 """How long a worker may take to begin."""
@@ -85,6 +92,9 @@ class Child:
     born: float
     channel: Channel | None = None
     is_ready: bool = False
+    part: Part | None = None
+    was_paused: bool = False
+    """When it began."""
     silent: int = 0
     """How many times in a row it was asked for a sign of life, or was not ready to be."""
 
@@ -119,12 +129,18 @@ def open_slots(settings: Settings, count: int, listening: list[StreamSocket], se
 
 
 def supervise(
-    settings: Settings, slots: list[Slot], read: Read, log: LogSink, audit: AuditSink | None, service: Service
+    settings: Settings,
+    slots: list[Slot],
+    admin_listening: list[StreamSocket],
+    read: Read,
+    log: LogSink,
+    audit: AuditSink | None,
+    service: Service,
 ) -> None:
     """Runs until a signal ends it. Raises WorkersFailedError and PidFileError if it cannot begin to."""
     _spawn.keep_descriptors_private()
     counts = Counts(settings)
-    asyncio.run(Supervisor(settings, slots, counts, read, log, audit, service).run())
+    asyncio.run(Supervisor(settings, slots, admin_listening, counts, read, log, audit, service).run())
 
 
 class Counts:
@@ -147,6 +163,7 @@ class Supervisor:
         self,
         settings: Settings,
         slots: list[Slot],
+        admin_listening: list[StreamSocket],
         counts: Counts,
         read: Read,
         log: LogSink,
@@ -176,6 +193,8 @@ class Supervisor:
         self._drained = asyncio.Event()
         self._ended = asyncio.Event()
         self._reloading = OneAtATime(self._reload, lambda: sink(Reloading()))
+        self._whole = Whole(lambda: self._is_draining)
+        self._operators = Operators(admin_listening, self._whole.snapshot, self._whole.act, sink)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -198,6 +217,7 @@ class Supervisor:
         finally:
             watching.cancel()
             await self._reloading.close()
+            await self._operators.close()
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait([watching, *self._tasks])
@@ -211,6 +231,7 @@ class Supervisor:
                 if not self._is_draining:
                     self._is_serving = True
                     announce(self._settings, self._slots[0].listening, self._sink)
+                    self._operators.serve(self._settings)
                     self._service.ready()
                     await self._drained.wait()
         except BaseException:
@@ -239,15 +260,16 @@ class Supervisor:
         now = asyncio.get_running_loop().time()
         child = slot.child = self._children[pid] = Child(number, self._generations, pid, ours, now)
         self._generations += 1
-        self._spawn_task(child)
+        self._spawn_task(self._attend(child))
 
-    def _spawn_task(self, child: Child) -> None:
-        task = asyncio.get_running_loop().create_task(self._attend(child))
+    def _spawn_task(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _attend(self, child: Child) -> None:
         channel = child.channel = await Channel.open(child.connection)
+        child.was_paused = self._whole.is_paused
         settings = with_lasting_seed(self._settings, self._seed)
         listening = self._slots[child.slot].listening
         begin = Begin(
@@ -258,7 +280,7 @@ class Supervisor:
             tuple(each.proxy_protocol for each in listening),
             self._removes_files,
             self._counts.descriptor,
-            len(self._slots) == 1,
+            child.was_paused,
         )
         channel.send(begin)
         try:
@@ -273,11 +295,19 @@ class Supervisor:
                         self._pass_on(child, frame)
                     case CancelDone(ticket, session, outcome):
                         self._pass_back(ticket, session, outcome)
+                    case Asked():
+                        self._spawn_task(self._do(child, frame))
+                    case Answered() if child.part is not None:
+                        child.part.answered(frame)
         finally:
             channel.close()
 
     def _ready(self, child: Child) -> None:
         child.is_ready = True
+        child.part = Part(lambda asked: self._tell(child, asked))
+        self._whole.join(child.part)
+        if self._whole.is_paused != child.was_paused:
+            self._spawn_task(self._pause_anew(child.part))
         facts = (("worker", child.slot), ("pid", child.pid))
         self._sink(Noticed("info", "worker ready", facts))
         if self._is_draining:
@@ -312,6 +342,8 @@ class Supervisor:
         for ticket, passing in list(self._passing.items()):
             if passing.owner is child:
                 self._pass_back(ticket, "", "not passed on: its worker is gone")
+        if child.part is not None:
+            self._whole.leave(child.part)
         slot = self._slots[child.slot]
         slot.child = None
         self._counts.forget(child.slot)
@@ -424,8 +456,18 @@ class Supervisor:
 
     # Between workers
 
-    def _tell(self, child: Child, frame: Drain | EndNow | Ping | Settle | OpenAnew | CancelAsked | CancelDone) -> bool:
+    def _tell(self, child: Child, frame: ToWorker) -> bool:
         return child.channel is not None and child.channel.send(frame)
+
+    async def _do(self, asker: Child, asked: Asked) -> None:
+        """An operator is at this worker's console."""
+        wanted = asked.wanted
+        said = await (self._whole.snapshot(wanted.rows) if isinstance(wanted, Look) else self._whole.act(wanted))
+        self._tell(asker, Answered(asked.ticket, said))
+
+    async def _pause_anew(self, part: Part) -> None:
+        """It began while that was changed."""
+        await part.act(Pause() if self._whole.is_paused else Resume())
 
     def _pass_on(self, asker: Child, asked: CancelAsked) -> None:
         number = slot_of(asked.key)

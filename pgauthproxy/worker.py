@@ -4,11 +4,10 @@ import asyncio
 import contextlib
 import dataclasses
 import math
-import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from pgauthproxy.auth.model import Authenticator
@@ -20,9 +19,9 @@ from pgauthproxy.gateway.session import Gateway, Session, shutting_down
 from pgauthproxy.net import listen
 from pgauthproxy.net.listen import Listener
 from pgauthproxy.net.sockets import StreamSocket
-from pgauthproxy.operators import Operators
+from pgauthproxy.operators import Own
 from pgauthproxy.ops.audit import AuditSink
-from pgauthproxy.ops.counts import Counts
+from pgauthproxy.ops.counts import Counts, measure_lag
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.process import fitting
 from pgauthproxy.proto import messages
@@ -40,15 +39,13 @@ class Place:
     """Where a worker stands among others: its slot, which its successor has too, and its own generation.
 
     `removes_files`: those of Unix sockets, once it listens no more. `ledger`: the descriptor of the counts that they
-    share. `is_only`: whether it is the whole gateway, which operators see then. `process`: whom signals go to.
+    share.
     """
 
     slot: int = 0
     generation: int = 0
     removes_files: bool = True
     ledger: int = -1
-    is_only: bool = True
-    process: int = field(default_factory=os.getpid)
 
 
 class Worker:
@@ -65,19 +62,16 @@ class Worker:
         place: Place | None = None,
     ) -> None:
         # The audit log goes first: what it refuses has not happened.
-        sink = self._sink = log if audit is None else to_all(audit, log)
-        counts = Counts()
+        sink = self.sink = log if audit is None else to_all(audit, log)
         place = self._place = place or Place()
+        counts = self._counts = Counts(str(place.slot))
         self.listening = listening
         fitted = fitting(settings, log)
         ledger = build_ledger(fitted, place.ledger, place.slot)
         self.gateway: Gateway = build_gateway(fitted, authenticator, to_all(sink, counts), ledger, audit, place.slot)
         self.reloads = Reloads(self.gateway, settings, fitted, listening, read, fitting, sink, log, audit)
-        self.operators = (
-            Operators(self.gateway, counts, lambda: self.reloads.settings, place.process, sink)
-            if place.is_only
-            else None
-        )
+        self.own = Own(self.gateway, counts)
+        self._measuring: asyncio.Task[None] | None = None
         self._listeners: list[Listener] = []
         self._sessions_begun = place.generation << SESSIONS_BITS
         self._is_draining = False
@@ -89,6 +83,8 @@ class Worker:
         """Raises AuthenticatorConfigError if the authenticator cannot be started."""
         await self.gateway.admission.authenticator.start()
         loop = asyncio.get_running_loop()
+        if self.reloads.settings.admin.listen:
+            self._measuring = loop.create_task(measure_lag(self._counts))
         loop.set_exception_handler(self._report_exception)
         # It may be called by any thread.
         sys.unraisablehook = lambda found: loop.call_soon_threadsafe(self._report_unraisable, found.exc_value)
@@ -141,13 +137,13 @@ class Worker:
         """Has it end once its sessions have; `fact` says why."""
         if not self._is_draining:
             self._is_draining = self.gateway.draining = True
-            self._sink(Noticed("info", "shutting down", (fact, ("sessions", len(self.gateway.sessions)))))
+            self.sink(Noticed("info", "shutting down", (fact, ("sessions", len(self.gateway.sessions)))))
             self._leaving.set()
             self._told.set()
 
     def end_now(self, fact: tuple[str, object]) -> None:
         """Ends it without waiting for sessions."""
-        self._sink(Noticed("warning", "ending at once", (fact,)))
+        self.sink(Noticed("warning", "ending at once", (fact,)))
         self._is_draining = self.gateway.draining = True
         self._leaving.set()
         self._told.set()
@@ -178,7 +174,7 @@ class Worker:
                 connection.send(messages.fatal(fault.sqlstate, fault.told or b""))
 
     def _starved(self, error: OSError) -> None:
-        self._sink(Noticed("error", "accepting pauses", (("reason", error.strerror),)))
+        self.sink(Noticed("error", "accepting pauses", (("reason", error.strerror),)))
 
     async def finish(self) -> None:
         """Lets sessions go on until they end, the time is up, or it is to end at once.
@@ -215,6 +211,8 @@ class Worker:
 
     async def close(self) -> None:
         """Gives back what is left."""
+        if self._measuring is not None:
+            self._measuring.cancel()
         await self.gateway.admission.authenticator.close()
 
     async def _wait_for_end(self, seconds: float) -> None:
@@ -243,4 +241,4 @@ class Worker:
                 trace = trace.tb_next
             where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
             facts += [("error", type(error).__name__), ("where", where.removeprefix(sys.prefix))]
-        self._sink(Noticed("error", "internal error", tuple(facts)))
+        self.sink(Noticed("error", "internal error", tuple(facts)))

@@ -65,6 +65,8 @@ class Gateway:
         self.process = process
         self.log = log
         self.port = 0
+        self.may_say_more: Callable[[], bool] = lambda: process.poll() is None
+        """Whether there is a process that could write to the log."""
 
     @property
     def pid(self) -> int:
@@ -94,7 +96,7 @@ class Gateway:
             found = [line for line in self.log_lines(event) if fields.items() <= line.items()]
             if len(found) >= count:
                 return found[count - 1]
-            if self.process.poll() is not None:
+            if not self.may_say_more():
                 # Not waited for in vain; but another process may write the same log, a little late.
                 deadline = min(deadline, time.monotonic() + LATE_SECONDS)
             time.sleep(0.01)

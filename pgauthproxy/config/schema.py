@@ -692,8 +692,6 @@ def conflicts(settings: Settings) -> Iterator[str]:
     for name in ("required", "statements"):
         if getattr(settings.audit, name) and not settings.audit.file:
             yield f"audit.{name}: needs audit.file"
-    if settings.admin.listen and settings.workers != 1:
-        yield "admin.listen: needs workers: 1, since each worker knows of its own sessions alone"
     for name in settings.admin.users.keys() & settings.admin.stats_users.keys():
         yield f"admin.stats_users: {name} is one of admin.users"
     yield from _authenticator_conflicts(settings.authenticator, "authenticator", settings.method)

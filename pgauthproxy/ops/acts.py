@@ -1,6 +1,8 @@
 """What an operator can do to a running gateway: plain values, so that they can be sent to the process they concern."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -41,9 +43,14 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """As SIGTERM."""
 
 
-Act = Kill | KillUser | Pause | Resume | Reload | Shutdown
+ActOnSessions = Kill | KillUser | Pause | Resume
+Act = ActOnSessions | Reload | Shutdown
 PerformAct = Callable[[Act], Awaitable[int]]
-"""Does it to the whole gateway; says how many sessions it concerned."""
+"""Does it to the whole gateway; says how many sessions it concerned. Raises UnansweredError."""
+
+
+class UnansweredError(Exception):
+    """Another process of the gateway was asked, and has not answered; the text says why."""
 
 
 def in_words(act: Act) -> str:
@@ -56,7 +63,12 @@ def in_words(act: Act) -> str:
     return type(act).__name__.upper()
 
 
-def act_on(gateway: Gateway, act: Kill | KillUser | Pause | Resume) -> int:
+def signal_itself(act: Reload | Shutdown) -> None:
+    """Does it to the process that hears the gateway's signals, which must be this one."""
+    os.kill(os.getpid(), signal.SIGHUP if isinstance(act, Reload) else signal.SIGTERM)
+
+
+def act_on(gateway: Gateway, act: ActOnSessions) -> int:
     """Does it to the sessions of one process; says how many it concerned."""
     match act:
         case Kill(session=name):

@@ -21,7 +21,6 @@ from pgauthproxy.events import AdminActed, Noticed, Sink
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.ops import metrics
 from pgauthproxy.ops.acts import Kill, PerformAct, in_words
-from pgauthproxy.ops.counts import Counts
 from pgauthproxy.ops.history import STEP_SECONDS, History
 from pgauthproxy.ops.http import HttpServer, Request, Response
 from pgauthproxy.ops.page import page
@@ -34,8 +33,6 @@ SHARE: Final = 50
 """A snapshot is not made anew before so many times the time that it took."""
 OPENMETRICS: Final = "application/openmetrics-text"
 """What an Accept header has in it if that is to be had."""
-LAG_SECONDS: Final = 1.0
-"""How often the loop's lag is measured."""
 EVENT_SECONDS: Final = 1.0
 MAX_WATCHERS: Final = 16
 WRONG_TOKEN_SECONDS: Final = 0.5
@@ -199,7 +196,7 @@ class AdminServer:
         if openmetrics not in self._rendered:
             began = time.monotonic()
             self._rendered[openmetrics] = metrics.render(snapshot, openmetrics=openmetrics)
-            self._without_rows.keep_for(began)
+            self._without_rows.keep_for(time.monotonic() - began)
         body, content_type = self._rendered[openmetrics]
         return Response(HTTPStatus.OK, body, content_type)
 
@@ -221,21 +218,11 @@ class _Kept:
 
     async def fresh(self) -> Snapshot:
         async with self._making:
-            began = time.monotonic()
-            if self._kept is None or began >= self._until:
+            if self._kept is None or time.monotonic() >= self._until:
                 self._kept = await self._take(self._rows)
-                self.keep_for(began)
+                self.keep_for(self._kept.took)
         return self._kept
 
-    def keep_for(self, began: float) -> None:
-        """Something was made of it, from then to now."""
-        now = time.monotonic()
-        self._until = max(self._until, now + max(LEAST_AGE_SECONDS, SHARE * (now - began)))
-
-
-async def measure_lag(counts: Counts) -> None:
-    """Notes how late the loop wakes who sleeps; runs until it is cancelled."""
-    while True:
-        due = time.monotonic() + LAG_SECONDS
-        await asyncio.sleep(LAG_SECONDS)
-        counts.histograms.lag.observe(max(0.0, time.monotonic() - due))
+    def keep_for(self, cost: float) -> None:
+        """So many seconds went into it, or into what was made of it."""
+        self._until = max(self._until, time.monotonic() + max(LEAST_AGE_SECONDS, SHARE * cost))

@@ -14,10 +14,21 @@ import msgspec
 
 from pgauthproxy.config import schema
 from pgauthproxy.config.schema import Settings
-from pgauthproxy.errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER_VALUE, SYNTAX_ERROR
+from pgauthproxy.errors import CANNOT_CONNECT_NOW, INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER_VALUE, SYNTAX_ERROR
 from pgauthproxy.events import AdminActed, Sink
 from pgauthproxy.gateway.console import Admin
-from pgauthproxy.ops.acts import Act, Kill, KillUser, Pause, PerformAct, Reload, Resume, Shutdown, in_words
+from pgauthproxy.ops.acts import (
+    Act,
+    Kill,
+    KillUser,
+    Pause,
+    PerformAct,
+    Reload,
+    Resume,
+    Shutdown,
+    UnansweredError,
+    in_words,
+)
 from pgauthproxy.ops.snapshot import MAX_SESSIONS, Histogram, SessionRow, Snapshot, TakeSnapshot
 from pgauthproxy.proto.console import ROWS_AT_ONCE, Column, ConsoleError, Control, Result, Statement, Type, Value
 
@@ -195,6 +206,12 @@ class Answers:
 
     async def perform(self, statement: Statement, admin: Admin) -> Result | ConsoleError:
         """What came of a statement."""
+        try:
+            return await self._perform(statement, admin)
+        except UnansweredError as error:
+            return ConsoleError(CANNOT_CONNECT_NOW, str(error))
+
+    async def _perform(self, statement: Statement, admin: Admin) -> Result | ConsoleError:
         match statement.command:
             case Show(what=what):
                 return Result("SHOW", await self._show(what))

@@ -51,6 +51,8 @@ from pgauthproxy.ops.snapshot import (
 from pgauthproxy.release import version
 from pgauthproxy.stages import Address
 
+LAG_SECONDS: Final = 1.0
+"""How often the loop's lag is measured."""
 AT_ONCE: Final = 16
 TURN_SECONDS: Final = 0.0004
 """How long sessions are gone through before the loop has its turn; looked at after each AT_ONCE."""
@@ -94,9 +96,10 @@ def counted_as(fault: Fault) -> str:
 
 
 class Counts:
-    """A sink that counts; `snapshot` says what it has counted and what is there."""
+    """A sink that counts; `snapshot` says what it has counted and what is there. `name` is the process's."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "0") -> None:
+        self._name = name
         self.histograms = Histograms()
         self._version = version()
         self._started = time.time()
@@ -165,15 +168,16 @@ class Counts:
             found = self._targets[address] = TargetRow(str(address))
         return found
 
-    async def snapshot(self, gateway: Gateway, *, paused: bool = False, rows: int = MAX_SESSIONS) -> Snapshot:
+    async def snapshot(self, gateway: Gateway, *, rows: int = MAX_SESSIONS) -> Snapshot:
         """What there is now, with so many of the newest sessions one by one, and refusals if there are any `rows`."""
         open_at: dict[Address, int] = {}
         sessions: list[SessionRow] = []
         running = [0, 0]
         logging_in = count = 0
         now = time.time()
+        began = time.monotonic()
         ended = list(self._bytes_of_ended)
-        turn = time.monotonic()
+        turn = began
         shown = (
             set(heapq.nlargest(rows, gateway.sessions, key=_number_of)) if 0 < rows < len(gateway.sessions) else None
         )
@@ -195,12 +199,14 @@ class Counts:
         told = self._bytes_told
         for side in (0, 1):
             told[side] = max(told[side], ended[side] + running[side])
+        process = await measure_process(self._name)
         return Snapshot(
             version=self._version,
             started=self._started,
             at=now,
+            took=time.monotonic() - began,
             draining=gateway.draining,
-            paused=paused,
+            paused=gateway.held is not None,
             open=count,
             logging_in=logging_in,
             accepted=self._accepted,
@@ -219,7 +225,7 @@ class Counts:
             sessions=sessions,
             sessions_left_out=max(0, len(gateway.sessions) - len(sessions)) if rows else 0,
             refusals=[_refusal(*each) for each in self._refusals] if rows else [],
-            processes=[await _process()],
+            processes=[process],
         )
 
     def _target_rows(self, open_at: dict[Address, int]) -> Iterator[TargetRow]:
@@ -269,9 +275,19 @@ def _refusal(
     return RefusalRow(at, session, client, printable(user), printable(database), sqlstate, printable(reason))
 
 
-async def _process() -> Process:
+async def measure_lag(counts: Counts) -> None:
+    """Notes how late the loop wakes who sleeps; runs until it is cancelled."""
+    while True:
+        due = time.monotonic() + LAG_SECONDS
+        await asyncio.sleep(LAG_SECONDS)
+        counts.histograms.lag.observe(max(0.0, time.monotonic() - due))
+
+
+async def measure_process(name: str) -> Process:
+    """What this process takes."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return Process(
+        name=name,
         pid=os.getpid(),
         resident=_resident(used.ru_maxrss),
         descriptors=await _descriptors(),

@@ -133,12 +133,12 @@ def _processes(snapshot: Snapshot) -> Iterator[Metric]:
         ("max_descriptors", "Descriptors that it may have open", "max_descriptors"),
     ):
         gauge = GaugeMetricFamily(f"pgauthproxy_{name}", text, labels=["process"])
-        for number, process in enumerate(snapshot.processes):
-            gauge.add_metric([str(number)], getattr(process, field))
+        for process in snapshot.processes:
+            gauge.add_metric([process.name], getattr(process, field))
         yield gauge
     cpu = CounterMetricFamily("pgauthproxy_cpu_seconds", "CPU that it has used, authenticators not", labels=["process"])
-    for number, process in enumerate(snapshot.processes):
-        cpu.add_metric([str(number)], process.cpu_seconds)
+    for process in snapshot.processes:
+        cpu.add_metric([process.name], process.cpu_seconds)
     yield cpu
 
 

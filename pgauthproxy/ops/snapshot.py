@@ -163,8 +163,12 @@ class RefusalRow(msgspec.Struct, frozen=True):
 
 
 class Process(msgspec.Struct, frozen=True):
-    """What one process of the gateway takes of the machine. Sizes in bytes, 0 where the system does not say."""
+    """What one process of the gateway takes of the machine. Sizes in bytes, 0 where the system does not say.
 
+    `name` tells them apart, and stays when another takes one's place: a worker's number, or `supervisor`.
+    """
+
+    name: str
     pid: int
     resident: int
     descriptors: int
@@ -173,11 +177,15 @@ class Process(msgspec.Struct, frozen=True):
 
 
 class Snapshot(msgspec.Struct):
-    """All of it. Counts begin at `started`; `refused` is by SQLSTATE and reason, in one word with a space between."""
+    """All of it. Counts begin at `started`; `refused` is by SQLSTATE and reason, in one word with a space between.
+
+    `took`: seconds of its loop's time that it took the process in which that was longest.
+    """
 
     version: str
     started: float
     at: float = msgspec.field(default_factory=time.time)
+    took: float = 0.0
     draining: bool = False
     paused: bool = False
     open: int = 0
@@ -206,6 +214,7 @@ class Snapshot(msgspec.Struct):
             version=self.version,
             started=min(self.started, other.started),
             at=max(self.at, other.at),
+            took=max(self.took, other.took),
             draining=self.draining or other.draining,
             paused=self.paused or other.paused,
             open=self.open + other.open,
@@ -226,11 +235,33 @@ class Snapshot(msgspec.Struct):
             processes=self.processes + other.processes,
         )
 
+    def counted(self) -> "Snapshot":
+        """What stays true of a process that is no more: what it has counted."""
+        return msgspec.structs.replace(
+            self,
+            took=0.0,
+            draining=False,
+            paused=False,
+            open=0,
+            logging_in=0,
+            authenticators=[],
+            targets=[msgspec.structs.replace(row, sessions=0) for row in self.targets],
+            sessions=[],
+            sessions_left_out=0,
+            processes=[],
+        )
+
+    def with_newest(self, rows: int) -> "Snapshot":
+        """With no more sessions than that one by one, the newest."""
+        newest = sorted(self.sessions, key=lambda row: row.since)[max(0, len(self.sessions) - rows) :]
+        left_out = self.sessions_left_out + len(self.sessions) - len(newest)
+        return msgspec.structs.replace(self, sessions=newest, sessions_left_out=left_out)
+
 
 TakeSnapshot = Callable[[int], Awaitable[Snapshot]]
 """Gives what the whole gateway knows of itself now, with so many of its newest sessions one by one.
 
-Refusals are in it if any sessions are asked for.
+Refusals are in it if any sessions are asked for. Raises UnansweredError.
 """
 
 

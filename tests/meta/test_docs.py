@@ -108,7 +108,7 @@ def names_of_metrics() -> set[str]:
         cancels={"passed on": 1},
         targets=[TargetRow("a:1")],
         authenticators=[AuthenticatorRow("command", 1, 1, 1)],
-        processes=[Process(1, 1, 1, 1, 1.0)],
+        processes=[Process("0", 1, 1, 1, 1, 1.0)],
     )
     text, _ = metrics.render(busy, openmetrics=False)
     return set(re.findall(r"^(pgauthproxy_\w+)", text.decode(), re.MULTILINE))

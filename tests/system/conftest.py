@@ -33,6 +33,8 @@ MODULE = [sys.executable, "-m", "pgauthproxy"]
 LISTENING = re.compile(r'listening.*?address="?([^\s"]+)|"address":"([^"]+)"')
 
 environment = {name: value for name, value in os.environ.items() if not name.startswith("PGPROXY_")}
+MANY = 64
+"""Connections of which each worker gets at least one: that it does not is as likely as 2 to the power of -63."""
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -648,3 +650,55 @@ def tls_postgres(authority: Authority) -> Iterator[ThrowawayPostgres]:
     with server:
         server.sql(ROLES + TLS_ROLES)
         yield server
+
+
+class Workers:
+    """A gateway with several workers."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.port = gateway.port
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The latest process of each worker."""
+        return {line["worker"]: line["pid"] for line in self.gateway.log_lines("worker ready")}
+
+    def kill(self, worker: int, number: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.pids[worker], number)
+
+    def wait_for_successor(self, worker: int, old: int) -> None:
+        wait_until(lambda: self.pids[worker] != old, "the worker to be replaced")
+
+    def worker_of(self, client: RawClient) -> int:
+        """Where a client that has just logged in is."""
+        address = f"127.0.0.1:{client.socket.getsockname()[1]}"
+        worker: int = self.gateway.wait_for("login", client=address)["worker"]
+        return worker
+
+    def client_at(self, stack: contextlib.ExitStack, worker: int) -> RawClient:
+        """A client that is logged in there."""
+        for _ in range(MANY):
+            client = stack.enter_context(RawClient(self.port))
+            client.log_in()
+            if self.worker_of(client) == worker:
+                return client
+        raise AssertionError(f"nobody was sent to worker {worker}")
+
+
+StartWorkers = Callable[..., Workers]
+
+
+@pytest.fixture
+def start_workers(start_gateway: StartGateway, mapped: Path) -> StartWorkers:
+    """Starts gateways with two workers before `postgres`."""
+
+    def start(cmd: Path | None = mapped, **settings: object) -> Workers:
+        return Workers(start_gateway(cmd, **{"workers": 2, **settings}))
+
+    return start
+
+
+@pytest.fixture
+def workers(start_workers: StartWorkers) -> Workers:
+    return start_workers()

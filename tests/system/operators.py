@@ -1,4 +1,4 @@
-"""What tests need of a gateway's pages for operators."""
+"""What tests need of a gateway's pages and console for operators."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
+import psycopg
+
+from pgauthproxy.proto import scram
 from tests.conftest import WAIT_SECONDS, Gateway
 
 
@@ -56,3 +59,35 @@ def samples(gateway: Gateway) -> dict[str, float]:
     lines = ask(gateway, "/metrics").body.splitlines()
     pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
     return {name: float(value) for name, _, value in pairs}
+
+
+# The console
+
+ACTING, LOOKING = "what alice knows", "what bob knows"
+
+
+def verifier(of: str) -> str:
+    return scram.Verifier.of(of.encode(), b"0123456789abcdef", 4096).text().decode()
+
+
+USERS = {"users": {"alice": verifier(ACTING)}, "stats_users": {"bob": verifier(LOOKING)}}
+
+
+def connect(gateway: Gateway, user: str = "alice", secret: str = ACTING, **more: Any) -> psycopg.Connection[Any]:
+    settings = {"host": "127.0.0.1", "port": gateway.port, "dbname": "pgauthproxy", "connect_timeout": 10}
+    return psycopg.connect(user=user, password=secret, **settings | more)  # type: ignore[arg-type]
+
+
+def rows(gateway: Gateway, text: str, **who: Any) -> list[dict[str, Any]]:
+    """What a statement gives, by column."""
+    with connect(gateway, **who) as connection:
+        cursor = connection.execute(text)
+        assert cursor.description is not None
+        names = [column.name for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def do(gateway: Gateway, text: str, **who: Any) -> str:
+    """Performs a statement, gives its tag."""
+    with connect(gateway, autocommit=True, **who) as connection:
+        return connection.execute(text).statusmessage or ""

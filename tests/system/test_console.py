@@ -15,20 +15,12 @@ import pg8000.dbapi
 import psycopg
 import pytest
 
-from pgauthproxy.proto import scram
 from pgauthproxy.throwaway import ThrowawayPostgres, free_port
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
 from tests.system.conftest import Run, assert_one_clear_line, assert_serves, configure, wait_until
+from tests.system.operators import ACTING, LOOKING, USERS, connect, do, rows
 from tests.wire import RawClient, message, password, proxy_v1, query, startup
 
-ACTING, LOOKING = "what alice knows", "what bob knows"
-
-
-def verifier(of: str) -> str:
-    return scram.Verifier.of(of.encode(), b"0123456789abcdef", 4096).text().decode()
-
-
-USERS = {"users": {"alice": verifier(ACTING)}, "stats_users": {"bob": verifier(LOOKING)}}
 Start = Callable[..., Gateway]
 
 
@@ -40,26 +32,6 @@ def start(start_gateway: StartGateway, mapped: Path) -> Start:
         return start_gateway(mapped, **{"admin": USERS} | settings)
 
     return begin
-
-
-def connect(gateway: Gateway, user: str = "alice", secret: str = ACTING, **more: Any) -> psycopg.Connection[Any]:
-    settings = {"host": "127.0.0.1", "port": gateway.port, "dbname": "pgauthproxy", "connect_timeout": 10}
-    return psycopg.connect(user=user, password=secret, **settings | more)  # type: ignore[arg-type]
-
-
-def rows(gateway: Gateway, text: str, **who: Any) -> list[dict[str, Any]]:
-    """What a statement gives, by column."""
-    with connect(gateway, **who) as connection:
-        cursor = connection.execute(text)
-        assert cursor.description is not None
-        names = [column.name for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
-
-
-def do(gateway: Gateway, text: str, **who: Any) -> str:
-    """Performs a statement, gives its tag."""
-    with connect(gateway, autocommit=True, **who) as connection:
-        return connection.execute(text).statusmessage or ""
 
 
 # Who gets in

@@ -18,65 +18,21 @@ import pytest
 
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway, WriteAuthenticator, is_alive
-from tests.system.conftest import Backends, Run, assert_serves, configure, is_listened_on, wait_until
+from tests.system.conftest import (
+    MANY,
+    Backends,
+    Run,
+    StartWorkers,
+    Workers,
+    assert_serves,
+    configure,
+    is_listened_on,
+    wait_until,
+)
 from tests.wire import RawClient, cancel_request, error_fields, message, password, proxy_v1, query, startup
 
 PROTOCOL_3_2 = 0x30002
 CLEARTEXT_REQUEST = struct.pack("!i", 3)
-MANY = 64
-"""Connections of which each worker gets at least one: that it does not is as likely as 2 to the power of -63."""
-
-
-class Workers:
-    """A gateway with several workers."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
-        self.port = gateway.port
-
-    @property
-    def pids(self) -> dict[int, int]:
-        """The latest process of each worker."""
-        return {line["worker"]: line["pid"] for line in self.gateway.log_lines("worker ready")}
-
-    def kill(self, worker: int, number: signal.Signals = signal.SIGKILL) -> None:
-        os.kill(self.pids[worker], number)
-
-    def wait_for_successor(self, worker: int, old: int) -> None:
-        wait_until(lambda: self.pids[worker] != old, "the worker to be replaced")
-
-    def worker_of(self, client: RawClient) -> int:
-        """Where a client that has just logged in is."""
-        address = f"127.0.0.1:{client.socket.getsockname()[1]}"
-        worker: int = self.gateway.wait_for("login", client=address)["worker"]
-        return worker
-
-    def client_at(self, stack: contextlib.ExitStack, worker: int) -> RawClient:
-        """A client that is logged in there."""
-        for _ in range(MANY):
-            client = stack.enter_context(RawClient(self.port))
-            client.log_in()
-            if self.worker_of(client) == worker:
-                return client
-        raise AssertionError(f"nobody was sent to worker {worker}")
-
-
-StartWorkers = Callable[..., Workers]
-
-
-@pytest.fixture
-def start_workers(start_gateway: StartGateway, mapped: Path) -> StartWorkers:
-    """Starts gateways with two workers before `postgres`."""
-
-    def start(cmd: Path | None = mapped, **settings: object) -> Workers:
-        return Workers(start_gateway(cmd, **{"workers": 2, **settings}))
-
-    return start
-
-
-@pytest.fixture
-def workers(start_workers: StartWorkers) -> Workers:
-    return start_workers()
 
 
 def wait_until_gone(pids: set[int]) -> None:

@@ -282,10 +282,6 @@ def test_tls_is_to_be_had_once_there_is_a_certificate(loaded: Load, content: str
         ("tls: {mode: require}", "tls.mode: require needs tls.cert and tls.key"),
         ("tls: {cert: a}", "tls.cert, tls.key: need each other"),
         ("tls: {key: a}", "tls.cert, tls.key: need each other"),
-        (
-            "workers: 2\nadmin.listen: 127.0.0.1:0",
-            "admin.listen: needs workers: 1, since each worker knows of its own sessions alone",
-        ),
         ("tls: {cert: a, key: b, client_cert: require}", "tls.client_cert: require needs tls.client_ca"),
         (
             "{authenticator: {method: cert}, tls: {cert: a, key: b, client_ca: c}}",
