@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import uvloop
 
+from pgauthproxy import operators
 from pgauthproxy.auth.model import Authenticator
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.events import Noticed
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.operators import Operators, open_console
-from pgauthproxy.operators import open_listeners as open_admin_listeners
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile, PidFileError
@@ -27,7 +27,7 @@ from pgauthproxy.upgrade import (
     UpgradeError,
     abandon,
     expect,
-    hand_over_sessions,
+    hand_over,
     start_successor,
     take_listening,
 )
@@ -91,7 +91,7 @@ class _Alone:
             if predecessor is not None:
                 generation, removes_files, listening, admin_listening = await take_listening(predecessor)
                 worker.succeed(generation, removes_files, listening)
-                self._operators.listening = self._fitting(admin_listening)
+                self._operators.listening = operators.fitting(worker.reloads.settings, admin_listening)
             hear_signals(worker.drain, worker.end_now, worker.reloads.reloading, self._service)
             self._pid_file.take()
             worker.listen()
@@ -160,25 +160,9 @@ class _Alone:
         self._is_succeeded = True
         await self._operators.close(removes_files=False)
         self._worker.be_succeeded()
-        self._handing_over = asyncio.get_running_loop().create_task(self._hand_over(link))
-
-    def _fitting(self, taken: list[StreamSocket]) -> list[StreamSocket]:
-        """What operators are to be served on, of what was taken over. Raises ListenError."""
-        settings = self._worker.reloads.settings
-        if taken and settings.admin.listen:
-            return taken
-        for each in taken:
-            each.close()
-        return open_admin_listeners(settings)
-
-    async def _hand_over(self, link: Link) -> None:
-        attending = asyncio.get_running_loop().create_task(self._relatives.attend(link))
-        try:
-            await hand_over_sessions(self._worker.gateway, link, self._sink)
-            await attending
-        finally:
-            attending.cancel()
-            await asyncio.wait([attending])
+        self._handing_over = asyncio.get_running_loop().create_task(
+            hand_over(self._relatives, self._worker.gateway, link, self._sink)
+        )
 
     def _failed(self, error: UpgradeError) -> None:
         self._sink(Noticed("error", "upgrade failed, this process goes on", (("reason", str(error)),)))

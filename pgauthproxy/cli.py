@@ -103,8 +103,8 @@ def _command(context: click.Context, /, **flags: Any) -> None:
         _serve(flags)
 
 
-def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
-    """`link` leads to a process that is to be succeeded."""
+def _serve(flags: dict[str, Any], link: Link | None = None, taken_workers: int = 0) -> None:
+    """`link` leads to a process that is to be succeeded, which is a supervisor if it has `taken_workers`."""
     service = Service(os.environ)
     loaded = _load(flags)
     settings = loaded.settings
@@ -120,8 +120,8 @@ def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
     try:
         listening = process.open_listeners(settings, service.descriptors) if link is None else []
         # The first process of a container must collect orphans, which may be anybody's but a worker's own.
-        is_alone = link is not None or (count == 1 and os.getpid() != 1)
-        slots = [] if is_alone else supervisor.open_slots(settings, count, listening, service)
+        is_alone = taken_workers == 0 if link is not None else count == 1 and os.getpid() != 1
+        slots = [] if is_alone or link is not None else supervisor.open_slots(settings, count, listening, service)
         admin_listening = operators.open_listeners(settings) if link is None else []
         version()
         privileges.become(identity)
@@ -139,12 +139,12 @@ def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
     def read() -> schema.Settings:
         return _read(flags).settings
 
+    words = _own_words()
     try:
         if is_alone:
-            words = _own_words()
             alone.serve(settings, authenticator, listening, admin_listening, read, log, audit, service, words, link)
         else:
-            supervisor.supervise(settings, slots, admin_listening, read, log, audit, service)
+            supervisor.supervise(settings, slots, admin_listening, read, log, audit, service, words, link)
     except (AuthenticatorConfigError, WorkersFailedError) as error:
         fail(*error.faults)
     except (PidFileError, UpgradeError, listen.ListenError) as error:
@@ -228,15 +228,16 @@ def auth(
 def _own_words() -> list[str]:
     """The flags that this process was started with."""
     words = sys.argv[1:]
-    return words[:-2] if words[-2:-1] == ["take-over"] else words
+    return words[:-3] if words[-3:-2] == ["take-over"] else words
 
 
 @_command.command("take-over", hidden=True)
 @click.argument("descriptor", type=int)
+@click.argument("workers", type=int)
 @click.pass_context
-def take_over(context: click.Context, descriptor: int) -> None:
+def take_over(context: click.Context, descriptor: int, workers: int) -> None:
     """The successor of a gateway that is upgraded, as that one starts it."""
-    _serve(context.obj, Link(socket.socket(fileno=descriptor)))
+    _serve(context.obj, Link(socket.socket(fileno=descriptor)), workers)
 
 
 @_command.command("worker", hidden=True)

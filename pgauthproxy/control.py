@@ -30,7 +30,8 @@ class Begin(Frame, frozen=True):
     `slot` is its place among the workers, which its successor has too; `generation` is its own. `removes_files`: those
     of Unix sockets, should the supervisor no longer be there to do it. `proxy_protocol`: which of the descriptors it is
     spoken on. `ledger`: the descriptor of the counts that all workers share, -1 if each has its own. `is_paused`:
-    whether logins are to wait from the start.
+    whether logins are to wait from the start. `predecessor` leads to the process whose sessions are to be taken over,
+    -1 if there is none, and `successor` to the one that may take them over from here, once there is one.
     """
 
     slot: int
@@ -41,6 +42,16 @@ class Begin(Frame, frozen=True):
     removes_files: bool
     ledger: int
     is_paused: bool
+    predecessor: int
+    successor: int
+
+
+class Listen(Frame, frozen=True):
+    """To accept from now on."""
+
+
+class BeSucceeded(Frame, frozen=True):
+    """To accept no more, and to hand its sessions over."""
 
 
 class Settle(Frame, frozen=True):
@@ -74,7 +85,7 @@ class Pong(Frame, frozen=True):
 
 
 class Ready(Frame, frozen=True):
-    """From a worker: it accepts."""
+    """From a worker: it could accept."""
 
 
 class Failed(Frame, frozen=True):
@@ -118,7 +129,20 @@ class Answered(Frame, frozen=True):
     said: Snapshot | int
 
 
-ToWorker = Begin | Settle | OpenAnew | Drain | EndNow | Ping | CancelAsked | CancelDone | Asked | Answered
+ToWorker = (
+    Begin
+    | Listen
+    | BeSucceeded
+    | Settle
+    | OpenAnew
+    | Drain
+    | EndNow
+    | Ping
+    | CancelAsked
+    | CancelDone
+    | Asked
+    | Answered
+)
 ToSupervisor = Ready | Failed | Pong | CancelAsked | CancelDone | Asked | Answered
 _DECODER: Final = msgspec.msgpack.Decoder(ToWorker | ToSupervisor)
 

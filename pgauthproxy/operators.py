@@ -41,6 +41,15 @@ def open_listeners(settings: Settings) -> list[StreamSocket]:
         raise ListenError(f"admin.{error}") from None
 
 
+def fitting(settings: Settings, taken: list[StreamSocket]) -> list[StreamSocket]:
+    """What operators are to be served on, where these sockets are taken over. Raises ListenError."""
+    if taken and settings.admin.listen:
+        return taken
+    for each in taken:
+        each.close()
+    return open_listeners(settings)
+
+
 def remove_files(settings: Settings) -> None:
     """Removes what the process that served operators cannot remove any more, since it is gone."""
     if settings.admin.listen:
@@ -106,7 +115,8 @@ class Operators:
     async def close(self, *, removes_files: bool = True) -> None:
         """Serves no more; `removes_files`: those of Unix sockets, unless another process serves on them."""
         if self._server is not None:
-            await self._server.close(removes_files=removes_files)
+            server, self._server = self._server, None
+            await server.close(removes_files=removes_files)
         else:
             for each in self.listening:
                 if removes_files:

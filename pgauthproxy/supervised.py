@@ -20,6 +20,7 @@ from pgauthproxy.control import (
     Answered,
     Asked,
     Begin,
+    BeSucceeded,
     CancelAsked,
     CancelDone,
     CancelQuestions,
@@ -27,6 +28,7 @@ from pgauthproxy.control import (
     Drain,
     EndNow,
     Failed,
+    Listen,
     Look,
     OpenAnew,
     Ping,
@@ -36,7 +38,6 @@ from pgauthproxy.control import (
     Settle,
 )
 from pgauthproxy.events import Noticed, Reloading
-from pgauthproxy.gateway import cancel
 from pgauthproxy.net import listen
 from pgauthproxy.operators import open_console, remove_files
 from pgauthproxy.ops.acts import Act, Pause, Reload, Shutdown, UnansweredError
@@ -44,6 +45,7 @@ from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.ops.snapshot import Snapshot
 from pgauthproxy.process import ignore_warnings, prepare_process
+from pgauthproxy.upgrade import Link, Relatives, hand_over
 from pgauthproxy.worker import Place, Worker
 
 GONE: Final = "the supervisor is gone"
@@ -103,16 +105,16 @@ async def _serve(channel: Channel, begin: Begin, sink: LogSink, audit: AuditSink
     except AuthenticatorConfigError as error:
         channel.send(Failed(error.faults))
         return CANNOT_BEGIN
-    obeying = Obeying(channel, worker, latest, begin.removes_files, sink, audit)
+    obeying = Obeying(channel, worker, latest, begin, sink, audit)
     attending = asyncio.get_running_loop().create_task(obeying.attend())
     open_console(worker.gateway, obeying.look, obeying.act, lambda: worker.reloads.settings, worker.sink)
     if begin.is_paused:
         await worker.own.act(Pause())
     try:
-        worker.listen()
         channel.send(Ready())
         await worker.serve()
         await worker.finish()
+        await obeying.until_predecessor_is_gone()
     finally:
         attending.cancel()
         await asyncio.wait([attending])
@@ -139,14 +141,20 @@ class Obeying:
         channel: Channel,
         worker: Worker,
         latest: Latest,
-        removes_files: bool,
+        begin: Begin,
         sink: LogSink,
         audit: AuditSink | None,
     ) -> None:
         self._channel = channel
         self._worker = worker
         self._latest = latest
-        self._removes_files = removes_files
+        self._removes_files = begin.removes_files
+        self._successor = Link(socket.socket(fileno=begin.successor))
+        self._predecessor = Link(socket.socket(fileno=begin.predecessor)) if begin.predecessor >= 0 else None
+        self._relatives = Relatives(worker.gateway)
+        self._taking_over: asyncio.Task[None] | None = None
+        self._handing_over: asyncio.Task[None] | None = None
+        self._is_in_force = False
         self._sink = sink
         self._audit = audit
         self._cancels = CancelQuestions(channel.send)
@@ -160,6 +168,10 @@ class Obeying:
             match frame:
                 case Ping():
                     self._channel.send(Pong())
+                case Listen():
+                    self._listen()
+                case BeSucceeded():
+                    self._be_succeeded()
                 case Settle(settings):
                     self._latest.settings = settings
                     self._worker.reloads.reloading.ask()
@@ -187,19 +199,39 @@ class Obeying:
         )
         self._cancels.give_up(GONE)
         self._wishes.give_up(GONE)
-        remove_files(self._latest.settings)
-        if self._removes_files:
+        if self._is_in_force:
+            remove_files(self._latest.settings)
+        if self._is_in_force and self._removes_files:
             for each in self._worker.listening:
                 if each.family == socket.AF_UNIX and each.fileno() >= 0:
                     listen.remove_file(each.getsockname())
         self._worker.drain(("reason", GONE))
 
+    def _listen(self) -> None:
+        self._is_in_force = True
+        self._worker.listen()
+        if self._predecessor is not None:
+            self._taking_over = asyncio.get_running_loop().create_task(self._relatives.attend(self._predecessor))
+
+    def _be_succeeded(self) -> None:
+        self._is_in_force = False
+        self._worker.be_succeeded()
+        self._handing_over = asyncio.get_running_loop().create_task(
+            hand_over(self._relatives, self._worker.gateway, self._successor, self._sink)
+        )
+
+    async def until_predecessor_is_gone(self) -> None:
+        """For one that is succeeded itself: cancel requests for that one's sessions go through this process."""
+        if self._handing_over is not None and self._taking_over is not None:
+            await self._worker.until_told(self._taking_over)
+
     async def close(self) -> None:
         """Gives up what is under way."""
-        for task in self._answering:
+        tasks = {*self._answering, *filter(None, (self._taking_over, self._handing_over))}
+        for task in tasks:
             task.cancel()
-        if self._answering:
-            await asyncio.wait(self._answering)
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def look(self, rows: int) -> Snapshot:
         """The whole gateway's, as TakeSnapshot has it."""
@@ -237,9 +269,12 @@ class Obeying:
     async def _ask_elsewhere(self, key: bytes) -> tuple[str, str]:
         gateway = self._worker.gateway
         if not gateway.keys.may_be_elsewhere(key):
-            return "", cancel.NOBODYS
+            return await self._relatives.ask(key)
         return await self._cancels.ask(key, gateway.cancel_timeout)
 
     async def _cancel(self, asked: CancelAsked) -> None:
         """Another worker was asked for what is ours."""
-        self._channel.send(CancelDone(asked.ticket, *await self._worker.gateway.cancel(asked.key)))
+        found, outcome = await self._worker.gateway.cancel(asked.key)
+        if not found:
+            found, outcome = await self._relatives.ask(asked.key)
+        self._channel.send(CancelDone(asked.ticket, found, outcome))

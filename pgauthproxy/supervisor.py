@@ -23,7 +23,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from pgauthproxy import _spawn, program
+from pgauthproxy import _spawn, operators, program
 from pgauthproxy._ledger import Ledger
 from pgauthproxy.build import build_ledger, examine, with_lasting_seed
 from pgauthproxy.config.load import ConfigError
@@ -32,12 +32,14 @@ from pgauthproxy.control import (
     Answered,
     Asked,
     Begin,
+    BeSucceeded,
     CancelAsked,
     CancelDone,
     Channel,
     Drain,
     EndNow,
     Failed,
+    Listen,
     Look,
     OpenAnew,
     Ping,
@@ -53,10 +55,21 @@ from pgauthproxy.operators import Operators
 from pgauthproxy.ops.acts import Pause, Resume
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
-from pgauthproxy.pid_file import PidFile
+from pgauthproxy.pid_file import PidFile, PidFileError
 from pgauthproxy.process import announce, hear_signals
 from pgauthproxy.reload import CONFIGURATION, LOADED, NOT_LOADED, OneAtATime, Read, changed_keys, complain, keep_fixed
 from pgauthproxy.service import Service
+from pgauthproxy.upgrade import (
+    Link,
+    Serving,
+    TakeGateway,
+    TakeSlot,
+    UpgradeError,
+    abandon,
+    expect,
+    start_successor,
+    take_gateway,
+)
 from pgauthproxy.whole import Part, Whole
 
 START_SECONDS: Final = 60.0
@@ -90,6 +103,10 @@ class Child:
     pid: int
     connection: socket.socket
     born: float
+    successor: socket.socket
+    """Leads to it, for whichever process takes its sessions over."""
+    relatives: tuple[int, int]
+    """The descriptors that lead to its predecessor and its successor, as it has them."""
     channel: Channel | None = None
     is_ready: bool = False
     part: Part | None = None
@@ -107,6 +124,8 @@ class Slot:
     child: Child | None = None
     deaths: int = 0
     retry: asyncio.TimerHandle | None = None
+    predecessor: int = -1
+    """Leads to the process whose sessions the first worker here is to take over."""
 
 
 @dataclass(slots=True)
@@ -136,11 +155,17 @@ def supervise(
     log: LogSink,
     audit: AuditSink | None,
     service: Service,
+    words: Sequence[str],
+    link: Link | None,
 ) -> None:
-    """Runs until a signal ends it. Raises WorkersFailedError and PidFileError if it cannot begin to."""
+    """Runs until a signal ends it. The program is started anew, for an upgrade, with `words`; `link` leads to the
+    supervisor that is to be succeeded, if there is one.
+
+    Raises WorkersFailedError, PidFileError and UpgradeError if it cannot begin to.
+    """
     _spawn.keep_descriptors_private()
     counts = Counts(settings)
-    asyncio.run(Supervisor(settings, slots, admin_listening, counts, read, log, audit, service).run())
+    asyncio.run(Supervisor(settings, slots, admin_listening, counts, read, log, audit, service, words).run(link))
 
 
 class Counts:
@@ -157,7 +182,7 @@ class Counts:
 
 
 class Supervisor:
-    """States, in order: starting, serving, draining, ended."""
+    """States, in order: starting, serving, draining or succeeded, ended."""
 
     def __init__(
         self,
@@ -169,6 +194,7 @@ class Supervisor:
         log: LogSink,
         audit: AuditSink | None,
         service: Service,
+        words: Sequence[str],
     ) -> None:
         sink = log if audit is None else to_all(audit, log)
         self._seed = secrets.token_hex(32)
@@ -179,6 +205,8 @@ class Supervisor:
         self._log = log
         self._sink = sink
         self._service = service
+        self._words = words
+        self._pid_file = PidFile(settings.pid_file)
         self._removes_files = not service.descriptors
         self._children: dict[int, Child] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -187,19 +215,25 @@ class Supervisor:
         self._passing: dict[int, Passing] = {}
         self._tickets = 0
         self._is_serving = False
+        self._is_in_force = True
+        """Whether files of sockets are its own to remove."""
         self._is_draining = False
+        self._is_succeeded = False
         self._why = ""
         self._begun = asyncio.Event()
-        self._drained = asyncio.Event()
+        self._leaving = asyncio.Event()
         self._ended = asyncio.Event()
         self._reloading = OneAtATime(self._reload, lambda: sink(Reloading()))
+        self._upgrading = OneAtATime(self._upgrade)
         self._whole = Whole(lambda: self._is_draining)
         self._operators = Operators(admin_listening, self._whole.snapshot, self._whole.act, sink)
 
-    async def run(self) -> None:
+    async def run(self, predecessor: Link | None) -> None:
+        if predecessor is not None:
+            await self._take_over(predecessor)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._collect)
-        loop.add_signal_handler(signal.SIGUSR2, self._refuse_upgrade)
+        loop.add_signal_handler(signal.SIGUSR2, self._upgrading.ask)
         hear_signals(self._drain, self._end_now, self._reloading, self._service)
         for number in range(len(self._slots)):
             self._start(number)
@@ -209,15 +243,18 @@ class Supervisor:
             if self._faults:
                 self._drain(("reason", "workers cannot begin"))
             else:
-                await self._serve()
-            self._service.stopping()
+                await self._serve(predecessor)
+            if not self._is_succeeded:
+                self._service.stopping()
             self._close_sockets()
             self._check_end()
             await self._ended.wait()
         finally:
             watching.cancel()
+            self._pid_file.give_up()
             await self._reloading.close()
-            await self._operators.close()
+            await self._upgrading.close()
+            await self._operators.close(removes_files=self._is_in_force)
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait([watching, *self._tasks])
@@ -225,18 +262,100 @@ class Supervisor:
             raise WorkersFailedError(list(self._faults))
         self._sink(Noticed("info", "ended"))
 
-    async def _serve(self) -> None:
+    async def _serve(self, predecessor: Link | None) -> None:
         try:
-            with PidFile(self._settings.pid_file):
-                if not self._is_draining:
-                    self._is_serving = True
-                    announce(self._settings, self._slots[0].listening, self._sink)
-                    self._operators.serve(self._settings)
-                    self._service.ready()
-                    await self._drained.wait()
+            self._pid_file.take()
+            if not self._is_draining:
+                self._is_serving = True
+                for child in self._children.values():
+                    self._tell(child, Listen())
+                announce(self._settings, self._slots[0].listening, self._sink)
+                self._operators.serve(self._settings)
+                self._service.ready()
+                if predecessor is not None:
+                    await predecessor.send(Serving())
+                    predecessor.close()
+                self._is_in_force = True
+                await self._leaving.wait()
+            self._pid_file.give_up()
         except BaseException:
             self._end_now(("reason", "it cannot begin"))
             raise
+
+    # Upgrades
+
+    async def _take_over(self, predecessor: Link) -> None:
+        """Everything but the sessions, which workers take from workers. Raises UpgradeError."""
+        self._is_in_force = False
+        taken, admin_listening, slots = await take_gateway(predecessor)
+        self._generations, self._removes_files, self._seed = taken.generation, taken.removes_files, taken.seed
+        self._whole.is_paused = taken.is_paused
+        self._operators.listening = operators.fitting(self._settings, admin_listening)
+        self._slots = [Slot(listening, predecessor=worker) for listening, worker in slots]
+
+    async def _upgrade(self) -> None:
+        reason = ""
+        if not self._is_serving or self._is_draining or self._is_succeeded:
+            reason = "not upgraded: this process is on its way, in or out"
+        elif os.getpid() == 1:
+            reason = "not upgraded: the first process of a container cannot be another"
+        if reason:
+            self._sink(Noticed("warning", reason))
+            return
+        try:
+            pid, link = await start_successor(self._words, self._service.environment, len(self._slots))
+        except UpgradeError as error:
+            self._upgrade_failed(error)
+            return
+        if self._is_draining:
+            abandon(pid, link)
+            return
+        self._pid_file.give_up()
+        try:
+            await self._hand_over(link)
+            await expect(link, Serving)
+        except UpgradeError as error:
+            abandon(pid, link)
+            with contextlib.suppress(PidFileError):
+                self._pid_file.take()
+            self._upgrade_failed(error)
+            return
+        link.close()
+        self._sink(Noticed("info", "succeeded by another process", (("pid", pid),)))
+        self._service.hand_to(pid)
+        await self._be_succeeded()
+
+    def _upgrade_failed(self, error: UpgradeError) -> None:
+        self._sink(Noticed("error", "upgrade failed, this process goes on", (("reason", str(error)),)))
+
+    async def _hand_over(self, link: Link) -> None:
+        """Offers everything but the sessions."""
+        operators_sockets = [each.fileno() for each in self._operators.listening]
+        paused = self._whole.is_paused
+        said = TakeGateway(self._generations, self._removes_files, paused, self._seed, len(self._slots))
+        await link.send(said, operators_sockets)
+        for slot in self._slots:
+            marks = tuple(each.proxy_protocol for each in slot.listening)
+            descriptors = [each.fileno() for each in slot.listening]
+            child = slot.child
+            has_worker = child is not None and child.is_ready
+            if child is not None and child.is_ready:
+                descriptors.append(child.successor.fileno())
+            await link.send(TakeSlot(marks, has_worker), descriptors)
+
+    async def _be_succeeded(self) -> None:
+        self._is_succeeded = True
+        self._is_in_force = False
+        await self._operators.close(removes_files=False)
+        for slot in self._slots:
+            if slot.retry is not None:
+                slot.retry.cancel()
+        for child in self._children.values():
+            if child.is_ready:
+                self._tell(child, BeSucceeded())
+            else:
+                _kill(child)
+        self._leaving.set()
 
     # Workers' lives
 
@@ -244,10 +363,13 @@ class Supervisor:
         slot = self._slots[number]
         slot.retry = None
         ours, theirs = socket.socketpair()
+        successor, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        relatives = (slot.predecessor, worker_end.fileno())
         try:
-            pid = _spawn_worker(theirs, slot.listening, self._counts.descriptor)
+            pid = _spawn_worker(theirs, slot.listening, self._counts.descriptor, relatives)
         except OSError as error:
             ours.close()
+            successor.close()
             if self._is_serving:
                 self._sink(Noticed("error", "worker not started", (("worker", number), ("reason", error.strerror))))
                 self._replace_later(number)
@@ -257,8 +379,14 @@ class Supervisor:
             return
         finally:
             theirs.close()
+            worker_end.close()
+            if slot.predecessor >= 0:
+                os.close(slot.predecessor)
+                slot.predecessor = -1
         now = asyncio.get_running_loop().time()
-        child = slot.child = self._children[pid] = Child(number, self._generations, pid, ours, now)
+        child = slot.child = self._children[pid] = Child(
+            number, self._generations, pid, ours, now, successor, relatives
+        )
         self._generations += 1
         self._spawn_task(self._attend(child))
 
@@ -281,6 +409,7 @@ class Supervisor:
             self._removes_files,
             self._counts.descriptor,
             child.was_paused,
+            *child.relatives,
         )
         channel.send(begin)
         try:
@@ -310,6 +439,8 @@ class Supervisor:
             self._spawn_task(self._pause_anew(child.part))
         facts = (("worker", child.slot), ("pid", child.pid))
         self._sink(Noticed("info", "worker ready", facts))
+        if self._is_serving:
+            self._tell(child, Listen())
         if self._is_draining:
             self._tell(child, Drain(self._why))
         if all(slot.child is not None and slot.child.is_ready for slot in self._slots):
@@ -337,7 +468,8 @@ class Supervisor:
     def _gone(self, child: Child, code: int) -> None:
         how = ("signal", signal.Signals(-code).name) if code < 0 else ("status", code)
         facts = (("worker", child.slot), ("pid", child.pid), how)
-        expected = self._is_draining and code == 0
+        expected = (self._is_draining or self._is_succeeded) and code == 0
+        child.successor.close()
         self._sink(Noticed("info" if expected else "error", "worker ended", facts))
         for ticket, passing in list(self._passing.items()):
             if passing.owner is child:
@@ -347,7 +479,7 @@ class Supervisor:
         slot = self._slots[child.slot]
         slot.child = None
         self._counts.forget(child.slot)
-        if self._is_draining:
+        if self._is_draining or self._is_succeeded:
             self._check_end()
         elif not self._is_serving and not self._faults:
             self._faults[f"worker {child.slot} ended while it began, with {how[0]} {how[1]}"] = None
@@ -399,7 +531,7 @@ class Supervisor:
                 # It has nobody to take leave of.
                 _kill(child)
         self._begun.set()
-        self._drained.set()
+        self._leaving.set()
 
     def _end_now(self, fact: tuple[str, object]) -> None:
         self._drain(fact)
@@ -413,18 +545,15 @@ class Supervisor:
             _kill(child)
 
     def _check_end(self) -> None:
-        if self._is_draining and not self._children:
+        if (self._is_draining or self._is_succeeded) and not self._children:
             self._ended.set()
 
     def _close_sockets(self) -> None:
         """Workers have closed theirs, or will: nobody is to wait in a queue that is never served."""
         for each in {each for slot in self._slots for each in slot.listening}:
-            if self._removes_files and each.family == socket.AF_UNIX:
+            if self._is_in_force and self._removes_files and each.family == socket.AF_UNIX:
                 listen.remove_file(each.getsockname())
             each.close()
-
-    def _refuse_upgrade(self) -> None:
-        self._sink(Noticed("warning", "not upgraded: with several workers that is a restart"))
 
     # Settings
 
@@ -488,9 +617,12 @@ class Supervisor:
             self._tell(passing.asker, CancelDone(passing.ticket, session, outcome))
 
 
-def _spawn_worker(control: socket.socket, listening: Sequence[socket.socket], ledger: int) -> int:
+def _spawn_worker(
+    control: socket.socket, listening: Sequence[socket.socket], ledger: int, relatives: tuple[int, int]
+) -> int:
     """Starts this program as a worker. It inherits these descriptors, and no others."""
-    shared = [control.fileno(), *(each.fileno() for each in listening), *([ledger] if ledger >= 0 else [])]
+    shared = [control.fileno(), *(each.fileno() for each in listening)]
+    shared += (descriptor for descriptor in (ledger, *relatives) if descriptor >= 0)
     return program.start(["worker", str(control.fileno())], shared, os.environ)
 
 

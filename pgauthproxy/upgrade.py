@@ -20,7 +20,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -62,14 +62,37 @@ class Serving(Frame, frozen=True):
     """From the new process: it does."""
 
 
+class TakeGateway(Frame, frozen=True):
+    """To a new supervisor, with the sockets that operators are served on: what its workers' generations begin with,
+    whether files of Unix sockets are to be removed in the end, whether logins are paused, and what salts are made up
+    from. For each of the `slots` there follows one TakeSlot."""
+
+    generation: int
+    removes_files: bool
+    is_paused: bool
+    seed: str
+    slots: int
+
+
+class TakeSlot(Frame, frozen=True):
+    """To a new supervisor, with the sockets that a worker accepts on: on which of them the PROXY protocol is spoken.
+
+    If `has_worker`, the last descriptor leads to the worker that is there now.
+    """
+
+    proxy_protocol: tuple[bool, ...]
+    has_worker: bool
+
+
 class TakeSession(Frame, frozen=True):
     """To the new process, with the client's socket and the target's."""
 
     session: HandedOver
 
 
-Said = Hello | TakeListening | Serving | TakeSession | CancelAsked | CancelDone
+Said = Hello | TakeListening | TakeGateway | TakeSlot | Serving | TakeSession | CancelAsked | CancelDone
 _DECODER: Final = msgspec.msgpack.Decoder(Said)
+Taken = TypeVar("Taken", TakeListening, TakeGateway, TakeSlot)
 
 
 class Link:
@@ -144,9 +167,9 @@ class Relatives:
         self._gateway = gateway
         self._questions: dict[Link, CancelQuestions] = {}
         self._answering: set[asyncio.Task[None]] = set()
-        gateway.ask_elsewhere = self._ask
+        gateway.ask_elsewhere = self.ask
 
-    async def _ask(self, key: bytes, besides: Link | None = None) -> tuple[str, str]:
+    async def ask(self, key: bytes, besides: Link | None = None) -> tuple[str, str]:
         for link, questions in list(self._questions.items()):
             if link is not besides:
                 found, outcome = await questions.ask(key, self._gateway.cancel_timeout)
@@ -176,7 +199,7 @@ class Relatives:
     async def _answer(self, link: Link, asked: CancelAsked) -> None:
         found, outcome = await self._gateway.cancel(asked.key)
         if not found:
-            found, outcome = await self._ask(asked.key, link)
+            found, outcome = await self.ask(asked.key, link)
         link.send_now(CancelDone(asked.ticket, found, outcome))
 
 
@@ -190,15 +213,18 @@ class UpgradeError(Exception):
     """The new process does not serve; the text says why."""
 
 
-async def start_successor(words: Sequence[str], environment: dict[str, str]) -> tuple[int, Link]:
-    """Starts the program that is installed by now; returns once it could serve. Raises UpgradeError."""
+async def start_successor(words: Sequence[str], environment: dict[str, str], workers: int = 0) -> tuple[int, Link]:
+    """Starts the program that is installed by now; returns once it could serve. Raises UpgradeError.
+
+    With `workers` it is a supervisor, of so many.
+    """
     if not hasattr(os, "pidfd_open"):
         raise UpgradeError("this system has no such thing")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     link = Link(ours)
     with theirs:
         try:
-            arguments = [*words, "take-over", str(theirs.fileno())]
+            arguments = [*words, "take-over", str(theirs.fileno()), str(workers)]
             pid = program.start(arguments, [theirs.fileno()], {**os.environ, **environment})
         except OSError as error:
             link.close()
@@ -210,6 +236,17 @@ async def start_successor(words: Sequence[str], environment: dict[str, str]) -> 
         abandon(pid, link)
         raise
     return pid, link
+
+
+async def hand_over(relatives: Relatives, gateway: Gateway, link: Link, sink: Sink) -> None:
+    """Hands over what can be, and is the successor's relative for as long as that is there."""
+    attending = asyncio.get_running_loop().create_task(relatives.attend(link))
+    try:
+        await hand_over_sessions(gateway, link, sink)
+        await attending
+    finally:
+        attending.cancel()
+        await asyncio.wait([attending])
 
 
 async def expect(link: Link, frame: type[Hello] | type[Serving]) -> None:
@@ -270,14 +307,34 @@ async def hand_over_sessions(gateway: Gateway, link: Link, sink: Sink) -> None:
 async def take_listening(link: Link) -> tuple[int, bool, list[StreamSocket], list[StreamSocket]]:
     """Offers to take over; what TakeListening says, and the sockets for clients and operators. Raises UpgradeError."""
     await link.send(Hello())
-    received = await link.receive()
-    if received is None:
-        raise UpgradeError("the process to take over from is gone")
-    said, descriptors = received
-    if not isinstance(said, TakeListening):
-        raise UpgradeError("the process to take over from says what was not expected")
+    said, descriptors = await _receive(link, TakeListening)
     marks = (*said.proxy_protocol, *([False] * said.admin))
     marked = zip(descriptors, marks, strict=True)
     taken = [listen.take_over(descriptor, proxy_protocol=is_so) for descriptor, is_so in marked]
     clients = len(said.proxy_protocol)
     return said.generation, said.removes_files, taken[:clients], taken[clients:]
+
+
+async def take_gateway(link: Link) -> tuple[TakeGateway, list[StreamSocket], list[tuple[list[StreamSocket], int]]]:
+    """Offers to take over from a supervisor: what TakeGateway says, the sockets for operators, and for each slot its
+    own with what leads to its worker, -1 if there is none. Raises UpgradeError."""
+    await link.send(Hello())
+    said, admin = await _receive(link, TakeGateway)
+    slots = []
+    for _ in range(said.slots):
+        slot, descriptors = await _receive(link, TakeSlot)
+        worker = descriptors.pop() if slot.has_worker else -1
+        marked = zip(descriptors, slot.proxy_protocol, strict=True)
+        slots.append(([listen.take_over(each, proxy_protocol=is_so) for each, is_so in marked], worker))
+    return said, [listen.take_over(each) for each in admin], slots
+
+
+async def _receive(link: Link, kind: type[Taken]) -> tuple[Taken, list[int]]:
+    """The next frame, which must be of this kind, with its descriptors. Raises UpgradeError."""
+    received = await link.receive()
+    if received is None:
+        raise UpgradeError("the process to take over from is gone")
+    said, descriptors = received
+    if not isinstance(said, kind):
+        raise UpgradeError("the process to take over from says what was not expected")
+    return said, descriptors

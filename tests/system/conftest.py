@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from pgauthproxy.throwaway import UNPRIVILEGED_USER, ThrowawayPostgres
-from tests.conftest import HBA, ROLES, SETTINGS, WAIT_SECONDS, Gateway, StartGateway
+from tests.conftest import HBA, ROLES, SETTINGS, WAIT_SECONDS, Gateway, StartGateway, is_alive
 from tests.tls import HOST, Authority
 from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, message, password, query, startup
 
@@ -33,6 +33,7 @@ MODULE = [sys.executable, "-m", "pgauthproxy"]
 LISTENING = re.compile(r'listening.*?address="?([^\s"]+)|"address":"([^"]+)"')
 
 environment = {name: value for name, value in os.environ.items() if not name.startswith("PGPROXY_")}
+SUCCEEDED = "succeeded by another process"
 MANY = 64
 """Connections of which each worker gets at least one: that it does not is as likely as 2 to the power of -63."""
 
@@ -702,3 +703,94 @@ def start_workers(start_gateway: StartGateway, mapped: Path) -> StartWorkers:
 @pytest.fixture
 def workers(start_workers: StartWorkers) -> Workers:
     return start_workers()
+
+
+class Upgradable:
+    """A gateway, and the processes that have taken over from it; `pids` has them in order, the first one included."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.port = gateway.port
+        gateway.may_say_more = lambda: any(map(is_alive, self.pids))
+
+    @property
+    def pids(self) -> list[int]:
+        return [self.gateway.pid, *(line["pid"] for line in self.gateway.log_lines(SUCCEEDED))]
+
+    def upgrade(self) -> None:
+        count = len(self.pids)
+        os.kill(self.pids[-1], signal.SIGUSR2)
+        self.gateway.wait_for(SUCCEEDED, count)
+
+    def wait_until_moved(self) -> None:
+        """Until the latest process is the only one."""
+        self.gateway.process.wait(WAIT_SECONDS)
+        wait_until(lambda: not any(map(is_alive, self.pids[:-1])), "all older processes to be gone")
+
+    def stop(self) -> None:
+        if len(self.pids) > 1:
+            # It has nothing left: a signal while it ends would be its end.
+            self.gateway.process.wait(WAIT_SECONDS)
+        for pid in self.pids[1:]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not any(map(is_alive, self.pids[1:])), "all processes to be gone")
+
+
+@contextlib.contextmanager
+def logged_in_by_tls(port: int, authority: Authority, application_name: str) -> Iterator[tuple[RawClient, list[Any]]]:
+    """A client whose session speaks TLS, with the messages of its login."""
+    with RawClient(port) as client:
+        client.send(SSL_REQUEST)
+        assert client.socket.recv(1) == b"S"
+        client.socket = authority.client_context().wrap_socket(client.socket, server_hostname="localhost")
+        yield client, client.log_in(application_name=application_name)
+
+
+@contextlib.contextmanager
+def transactions_through(gateway: Gateway, postgres: ThrowawayPostgres, clients: int) -> Iterator[None]:
+    """pgbench, with as many clients, none of which may see anything fail; all are in when this begins."""
+    script = gateway.log.with_name("load.sql")
+    script.write_text("begin;\nselect 1;\nselect generate_series(1, 50);\ncommit;\n")
+    words = ["-n", "-c", str(clients), "-T", "600", "-M", "prepared", "-P", "1", "-f", str(script)]
+    load = subprocess.Popen(
+        [postgres.binaries / "pgbench", *words, "-h", "127.0.0.1", "-p", str(gateway.port), "-U", "alice", "postgres"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment | {"PGPASSWORD": "any", "PGSSLMODE": "disable"},
+        text=True,
+    )
+    try:
+        # One more looks at the server first.
+        gateway.wait_for("login", clients + 1)
+        yield
+        assert load.poll() is None
+    finally:
+        # Not SIGINT, which may be ignored here: it is in what a shell has put into the background.
+        load.terminate()
+        said, _ = load.communicate(timeout=WAIT_SECONDS)
+    assert "aborted" not in said
+    assert "error" not in said.lower(), said
+    assert "progress" in said
+
+
+StartUpgradable = Callable[..., Upgradable]
+
+
+@pytest.fixture
+def start_upgradable(start_gateway: StartGateway, mapped: Path) -> Iterator[StartUpgradable]:
+    """Starts gateways before `postgres`, and ends their successors."""
+    started: list[Upgradable] = []
+
+    def start(cmd: Path | None = mapped, **settings: Any) -> Upgradable:
+        started.append(Upgradable(start_gateway(cmd, **settings)))
+        return started[-1]
+
+    yield start
+    for upgradable in started:
+        upgradable.stop()
+
+
+@pytest.fixture
+def upgradable(start_upgradable: StartUpgradable) -> Upgradable:
+    return start_upgradable()

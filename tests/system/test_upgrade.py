@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import signal
 import socket
 import ssl
 import struct
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pgauthproxy.throwaway import ThrowawayPostgres
-from tests.conftest import WAIT_SECONDS, Gateway, StartGateway, WriteAuthenticator, is_alive
-from tests.system.conftest import Backends, Run, assert_serves, environment, wait_until
+from tests.conftest import WAIT_SECONDS, WriteAuthenticator, is_alive
+from tests.system.conftest import (
+    SUCCEEDED,
+    Backends,
+    Run,
+    StartUpgradable,
+    Upgradable,
+    assert_serves,
+    transactions_through,
+    wait_until,
+)
 from tests.system.test_service_manager import Manager
 from tests.tls import Authority
 from tests.wire import (
@@ -36,62 +41,6 @@ from tests.wire import (
     query,
     startup,
 )
-
-SUCCEEDED = "succeeded by another process"
-
-
-class Upgradable:
-    """A gateway, and the processes that have taken over from it; `pids` has them in order, the first one included."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
-        self.port = gateway.port
-        gateway.may_say_more = lambda: any(map(is_alive, self.pids))
-
-    @property
-    def pids(self) -> list[int]:
-        return [self.gateway.pid, *(line["pid"] for line in self.gateway.log_lines(SUCCEEDED))]
-
-    def upgrade(self) -> None:
-        count = len(self.pids)
-        os.kill(self.pids[-1], signal.SIGUSR2)
-        self.gateway.wait_for(SUCCEEDED, count)
-
-    def wait_until_moved(self) -> None:
-        """Until the latest process is the only one."""
-        self.gateway.process.wait(WAIT_SECONDS)
-        wait_until(lambda: not any(map(is_alive, self.pids[:-1])), "all older processes to be gone")
-
-    def stop(self) -> None:
-        if len(self.pids) > 1:
-            # It has nothing left: a signal while it ends would be its end.
-            self.gateway.process.wait(WAIT_SECONDS)
-        for pid in self.pids[1:]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: not any(map(is_alive, self.pids[1:])), "all processes to be gone")
-
-
-StartUpgradable = Callable[..., Upgradable]
-
-
-@pytest.fixture
-def start_upgradable(start_gateway: StartGateway, mapped: Path) -> Iterator[StartUpgradable]:
-    """Starts gateways before `postgres`, and ends their successors."""
-    started: list[Upgradable] = []
-
-    def start(cmd: Path | None = mapped, **settings: Any) -> Upgradable:
-        started.append(Upgradable(start_gateway(cmd, **settings)))
-        return started[-1]
-
-    yield start
-    for upgradable in started:
-        upgradable.stop()
-
-
-@pytest.fixture
-def upgradable(start_upgradable: StartUpgradable) -> Upgradable:
-    return start_upgradable()
 
 
 def ask(client: RawClient, sql: str) -> list[bytes]:
@@ -354,32 +303,11 @@ def test_not_one_byte_is_lost_or_doubled_either_way(
 
 
 def test_transactions_go_on_through_ten_upgrades(upgradable: Upgradable, postgres: ThrowawayPostgres) -> None:
-    pgbench = postgres.binaries / "pgbench"
-    connection = ["-h", "127.0.0.1", "-p", str(upgradable.port), "-U", "alice", "postgres"]
-    variables = environment | {"PGPASSWORD": "any", "PGSSLMODE": "disable"}
-    script = upgradable.gateway.log.with_name("load.sql")
-    script.write_text("begin;\nselect 1;\nselect generate_series(1, 50);\ncommit;\n")
-    load = subprocess.Popen(
-        [pgbench, "-n", "-c", "4", "-T", "600", "-M", "prepared", "-P", "1", "-f", script, *connection],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=variables,
-        text=True,
-    )
-    try:
-        upgradable.gateway.wait_for("login", 4)
+    with transactions_through(upgradable.gateway, postgres, clients=4):
         for _ in range(10):
             upgradable.upgrade()
             wait_until(lambda: not any(map(is_alive, upgradable.pids[1:-1])), "the sessions to be moved")
         upgradable.wait_until_moved()
-        assert load.poll() is None
-    finally:
-        # Not SIGINT, which may be ignored here: it is in what a shell has put into the background.
-        load.terminate()
-        said, _ = load.communicate(timeout=WAIT_SECONDS)
-    assert "aborted" not in said
-    assert "error" not in said.lower(), said
-    assert "progress" in said
 
 
 # What stays
@@ -510,10 +438,3 @@ def test_systemd_is_told_which_process_it_is(start_upgradable: StartUpgradable, 
         upgradable.wait_until_moved()
         upgradable.stop()
         assert manager.told() == {"STOPPING": "1"}
-
-
-def test_with_several_workers_the_signal_does_no_harm(start_gateway: StartGateway, mapped: Path) -> None:
-    gateway = start_gateway(mapped, workers=2)
-    gateway.process.send_signal(signal.SIGUSR2)
-    gateway.wait_for("not upgraded: with several workers that is a restart")
-    assert_serves(gateway.port)
