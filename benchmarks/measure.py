@@ -31,10 +31,9 @@ from peers import (
     Bench,
     Peer,
     Recipe,
-    auditing_gateway,
     latenesses_file,
-    ruled_gateway,
     stalled_gateway,
+    watching_gateways,
 )
 from processes import (
     END_SECONDS,
@@ -438,18 +437,20 @@ def percentile(ordered: list[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1]
 
 
-# --- Rules and audited statements -------------------------------------------------------------------------
+# --- Sessions that are watched ----------------------------------------------------------------------------
 
 
-def with_more(name: str, take: Take, recipe: Recipe) -> Measurement:
-    """The same measurement of our gateway with more to do, with figures of its own."""
-    what = name.partition("-")[0]
+def watched(name: str, take: Take) -> Measurement:
+    """The same measurement of our gateway, with figures of its own for each that it can be asked to see."""
+    return Measurement(f"watched-{name}", _renamed(take, "watched"), own_peers=watching_gateways)
 
+
+def _renamed(take: Take, what: str) -> Take:
     def taken(bench: Bench, peer: Peer) -> Iterator[Reading]:
         for one in take(bench, peer):
             yield Reading(f"{what}_{one.figure}", one.value)
 
-    return Measurement(name, taken, our_gateway, recipe)
+    return taken
 
 
 # --- Over TLS -----------------------------------------------------------------------------------------------
@@ -462,12 +463,7 @@ def tls_in_use(bench: Bench, peer: Peer) -> str:
 
 def over_tls(name: str, take: Take, applies_to: Callable[[str], bool] = every_tls_peer) -> Measurement:
     """The same measurement with figures of its own."""
-
-    def taken(bench: Bench, peer: Peer) -> Iterator[Reading]:
-        for one in take(bench, peer):
-            yield Reading(f"tls_{one.figure}", one.value)
-
-    return Measurement(f"tls-{name}", taken, applies_to, over_tls=True)
+    return Measurement(f"tls-{name}", _renamed(take, "tls"), applies_to, over_tls=True)
 
 
 def of_kinds(method: str) -> Measurement:
@@ -478,13 +474,11 @@ def of_kinds(method: str) -> Measurement:
 MEASUREMENTS = (
     Measurement("pgbench-1", partial(transactions, clients=1)),
     Measurement("pgbench-16", partial(transactions, clients=16)),
-    with_more("rules-pgbench-16", partial(transactions, clients=16), ruled_gateway),
-    with_more("rules-copy-out", copy_out, ruled_gateway),
-    with_more("statements-pgbench-16", partial(transactions, clients=16), auditing_gateway),
-    with_more("statements-simple-16", partial(simple_transactions, clients=16), auditing_gateway),
-    Measurement("simple-16", partial(simple_transactions, clients=16), our_gateway),
     Measurement("copy-out", copy_out),
     Measurement("copy-in", copy_in),
+    watched("pgbench-16", partial(transactions, clients=16)),
+    watched("simple-16", partial(simple_transactions, clients=16)),
+    watched("copy-out", copy_out),
     Measurement("logins-1", partial(logins, clients=1)),
     Measurement("logins-8", partial(logins, clients=8)),
     of_kinds("md5"),

@@ -423,11 +423,18 @@ def package_environment() -> dict[str, str]:
 
 
 # Rules that nobody breaks.
-RULES = "idle_timeout: 3600\nidle_in_transaction_timeout: 3600\n"
-STATEMENTS = "audit: {{file: {folder}/audit.log, statements: true}}\n"
+WATCHED = {
+    "nothing": "",
+    "time limit, audit": "max_session_seconds: 86400\naudit: {{file: {folder}/audit.log}}\n",
+    "idle rules": "idle_timeout: 3600\nidle_in_transaction_timeout: 3600\n",
+    "statements": "audit: {{file: {folder}/audit.log, statements: true}}\n",
+}
+"""What our gateway can be asked to see of a session: nothing, its ends, what it is at, and what it asks."""
 
-ruled_gateway = partial(gateway, name="gateway", command=OUR_GATEWAY, more=RULES)
-auditing_gateway = partial(gateway, name="gateway", command=OUR_GATEWAY, more=STATEMENTS)
+
+def watching_gateways(wanted: Callable[[str], bool]) -> dict[str, Recipe]:
+    recipes = {name: partial(gateway, name=name, command=OUR_GATEWAY, more=more) for name, more in WATCHED.items()}
+    return recipes if wanted("gateway") else {}
 
 
 def latenesses_file(bench: Bench) -> Path:
