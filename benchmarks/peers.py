@@ -433,8 +433,9 @@ WATCHED = {
 
 
 def watching_gateways(wanted: Callable[[str], bool]) -> dict[str, Recipe]:
-    recipes = {name: partial(gateway, name=name, command=OUR_GATEWAY, more=more) for name, more in WATCHED.items()}
-    return recipes if wanted("gateway") else {}
+    if not wanted("gateway"):
+        return {}
+    return {name: partial(gateway, name=name, command=OUR_GATEWAY, more=more) for name, more in WATCHED.items()}
 
 
 def latenesses_file(bench: Bench) -> Path:
