@@ -26,7 +26,17 @@ from functools import partial
 from pathlib import Path
 
 from kinds import WORKER
-from measure import Measurement, Reading, cpu_of, held_sessions, log_in, number_in, pgbench, warm_up
+from measure import (
+    DESCRIPTORS_BESIDES,
+    Measurement,
+    Reading,
+    cpu_of,
+    held_sessions,
+    log_in,
+    number_in,
+    pgbench,
+    warm_up,
+)
 from peers import (
     OUR_GATEWAY,
     PASSWORD,
@@ -42,12 +52,12 @@ from peers import (
 from processes import (
     LOOPBACK,
     MeasurementFailed,
-    NotPossibleHere,
     cpu_seconds,
     descriptors_of,
     end,
     free_port,
     machine_times,
+    need_descriptors,
     resident_bytes,
     running,
     wait_until,
@@ -161,8 +171,6 @@ MANY_WARM_SECONDS = 10
 MANY_LOOK_SECONDS = 5
 MANY_LOGIN_SECONDS = 180
 """How long all of them may take to log in."""
-DESCRIPTORS_BESIDES = 700
-"""What a process has besides its sessions: more than the gateway keeps for itself, and for logins in progress."""
 
 MANY_CONFIGURATION = """\
 listen: {{host}}:{{port}}
@@ -179,15 +187,12 @@ IDLER = "idler"
 @contextlib.contextmanager
 def gateway_for_many(bench: Bench) -> Iterator[Peer]:
     """Our gateway, where the idle have bare_target as their server and the active PostgreSQL."""
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need_descriptors(MANY_IDLE + DESCRIPTORS_BESIDES)
     most = MANY_IDLE + MANY_ACTIVE
-    if limit == resource.RLIM_INFINITY:
-        limit = 1 << 20
-    if limit < MANY_IDLE + DESCRIPTORS_BESIDES:
-        needed = MANY_IDLE + DESCRIPTORS_BESIDES
-        raise NotPossibleHere(f"a process needs {needed} descriptors, and may have {limit}")
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     # A hash spreads them over the workers: one may get somewhat more than its part.
-    workers = math.ceil(1.1 * 2 * most / (limit - DESCRIPTORS_BESIDES))
+    needed = 1.1 * 2 * most
+    workers = 1 if limit == resource.RLIM_INFINITY else math.ceil(needed / (limit - DESCRIPTORS_BESIDES))
     with bare_target(bench) as target:
         file = bench.folder / "many.yaml"
         lines = [

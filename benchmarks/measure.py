@@ -41,6 +41,7 @@ from processes import (
     cpu_seconds,
     end,
     forget_peak,
+    need_descriptors,
     peak_bytes,
     resident_bytes,
 )
@@ -55,6 +56,8 @@ WARMING_LOGINS = 100
 IDLE_SESSIONS = 1_000
 IDLE_CPU_SESSIONS = 2_000
 IDLE_CPU_SECONDS = 5.0
+DESCRIPTORS_BESIDES = 700
+"""What a proxy has besides its sessions: more than ours keeps for itself, and for logins in progress."""
 STALL_LOGINS = 200
 BURST_LOGINS = 1_000
 STALL_PERCENTILE = 0.999
@@ -293,6 +296,7 @@ def _login(peer: Peer) -> list[str]:
 
 def idle(bench: Bench, peer: Peer) -> Iterator[Reading]:
     """What sessions cost that do nothing."""
+    need_descriptors(2 * IDLE_CPU_SESSIONS + DESCRIPTORS_BESIDES)
     warm_up(bench, peer)
     with held_sessions(bench, peer) as hold:
         yield _memory_of_held(peer, hold)

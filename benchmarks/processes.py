@@ -9,6 +9,7 @@ import ctypes
 import os
 import pwd
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -119,9 +120,14 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def end_orphans() -> None:
-    """Ends what a child that was killed, or replaced by a process of its own making, has left behind."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
+def end_orphans(*, and_all_others: bool = False) -> None:
+    """Ends what a child that was killed, or replaced by a process of its own making, has left behind.
+
+    `and_all_others`: every child there is, for when nobody is left who would end it.
+    """
+    if and_all_others:
+        _owned.clear()
+    for sent in (signal.SIGTERM, signal.SIGQUIT, signal.SIGKILL):
         for pid in _orphans():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, sent)
@@ -160,6 +166,13 @@ def _program_of(pid: int) -> str:
         return os.readlink(f"/proc/{pid}/exe")
     except OSError:
         return ""
+
+
+def need_descriptors(count: int) -> None:
+    """Raises NotPossibleHere if a process cannot have so many."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < count:
+        raise NotPossibleHere(f"a process needs {count:,} descriptors, and may have {limit:,}")
 
 
 def descriptors_of(pid: int) -> int:
