@@ -328,9 +328,10 @@ class Report:
         return "\n\n".join(parts)
 
     def peers_of(self, figures: Sequence[Figure]) -> list[str]:
-        """Whose figures these are, in the order of the first repeat."""
+        """Whose figures these are, in the order of the first repeat, PostgreSQL itself before all."""
         keys = {figure.key for figure in figures}
-        return list(dict.fromkeys(sample.peer for sample in self.samples if sample.figure in keys))
+        peers = dict.fromkeys(sample.peer for sample in self.samples if sample.figure in keys)
+        return sorted(peers, key=lambda peer: peer != "direct")
 
     def _table(self, figures: Sequence[Figure], peers: Sequence[str], yardstick: str | None = None) -> str:
         """Aligned for the eye: a row a figure, a column a peer, and how our gateway compares with the yardstick."""
