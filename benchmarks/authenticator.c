@@ -2,8 +2,10 @@
  *
  * It verifies nothing, on purpose: the benchmark is about the gateway. It is linked statically, since the dynamic
  * loader would be most of its run. With an argument it is a worker: it answers one question after the other. TARGET_HOST,
- * TARGET_CRED and VERIFIER (what clients prove themselves by in SCRAM) are string literals given at compile time.
+ * TARGET_CRED and VERIFIER (what clients prove themselves by in SCRAM) are string literals given at compile time; the
+ * variable BENCHMARK_TARGET goes before TARGET_HOST.
  */
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -41,10 +43,13 @@ static int read_question(int as_worker) {
 }
 
 static size_t answer_question(void) {
-    static const char mapping[] = "_META_TARGET_HOST=" TARGET_HOST "\n_META_TARGET_CRED=" TARGET_CRED "\n";
+    static const char mapping[] = "\n_META_TARGET_CRED=" TARGET_CRED "\n";
     static const char verifier[] = "_META_SOURCE_VERIFIER=" VERIFIER "\n";
     static const char *const passed_on[] = {"user=", "database="};
-    size_t length, used = append(0, mapping, sizeof mapping - 1);
+    const char *named = getenv("BENCHMARK_TARGET"), *host = named ? named : TARGET_HOST;
+    size_t length, used = append(0, "_META_TARGET_HOST=", 18);
+    used = append(used, host, strlen(host));
+    used = append(used, mapping, sizeof mapping - 1);
     if (find_line("_SOURCE_METHOD=scram-sha-256", &length))
         used = append(used, verifier, sizeof verifier - 1);
     for (int i = 0; i < 2; i++) {

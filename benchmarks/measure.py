@@ -31,10 +31,9 @@ from peers import (
     Bench,
     Peer,
     Recipe,
-    auditing_gateway,
     latenesses_file,
-    ruled_gateway,
     stalled_gateway,
+    watching_gateways,
 )
 from processes import (
     END_SECONDS,
@@ -42,6 +41,7 @@ from processes import (
     cpu_seconds,
     end,
     forget_peak,
+    need_descriptors,
     peak_bytes,
     resident_bytes,
 )
@@ -56,6 +56,8 @@ WARMING_LOGINS = 100
 IDLE_SESSIONS = 1_000
 IDLE_CPU_SESSIONS = 2_000
 IDLE_CPU_SECONDS = 5.0
+DESCRIPTORS_BESIDES = 700
+"""What a proxy has besides its sessions: more than ours keeps for itself, and for logins in progress."""
 STALL_LOGINS = 200
 BURST_LOGINS = 1_000
 STALL_PERCENTILE = 0.999
@@ -73,10 +75,11 @@ class LoginTimes(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One value of one figure."""
+    """One value of one figure; `peer` is whose, where the measurement is one of several at once."""
 
     figure: str
     value: float
+    peer: str = ""
 
 
 Take = Callable[[Bench, Peer], Iterator[Reading]]
@@ -115,6 +118,8 @@ class Measurement:
     over_tls: bool = False
     own_peers: Callable[[Callable[[str], bool]], dict[str, Recipe]] | None = None
     """Gives its peers where they are not those of the others, those of them only that are wanted."""
+    once: bool = False
+    """Whether it is taken in the first repeat alone: it takes long, and is compared with nothing."""
 
 
 def prepare(bench: Bench) -> None:
@@ -148,18 +153,18 @@ def trivial_script(bench: Bench) -> Path:
 
 def transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
     """Small prepared queries, as fast as they go."""
-    return _pgbench(bench, peer, clients, ["-S", "-M", "prepared"], f"tps_{clients}", f"cpu_transaction_{clients}")
+    return pgbench(bench, peer, clients, ["-S", "-M", "prepared"], f"tps_{clients}", f"cpu_transaction_{clients}")
 
 
 def simple_transactions(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
     """The same by the simple protocol: the SQL of each goes over the wire."""
-    return _pgbench(bench, peer, clients, ["-S"], f"simple_tps_{clients}", f"simple_cpu_{clients}")
+    return pgbench(bench, peer, clients, ["-S"], f"simple_tps_{clients}", f"simple_cpu_{clients}")
 
 
-def _pgbench(
+def pgbench(
     bench: Bench, peer: Peer, clients: int, words: list[str], rate_figure: str, cpu_figure: str
 ) -> Iterator[Reading]:
-    before = _cpu_of(peer)
+    before = cpu_of(peer)
     output = bench.client(
         "pgbench",
         peer.port,
@@ -167,22 +172,22 @@ def _pgbench(
         timeout=bench.seconds + 90,
         settings=peer.client_settings,
     )
-    used = _cpu_of(peer) - before
-    yield Reading(rate_figure, _number(r"^tps = ([0-9.]+)", output))
+    used = cpu_of(peer) - before
+    yield Reading(rate_figure, number_in(r"^tps = ([0-9.]+)", output))
     if peer.process is not None:
-        processed = _number(r"^number of transactions actually processed: ([0-9]+)", output)
+        processed = number_in(r"^number of transactions actually processed: ([0-9]+)", output)
         yield Reading(cpu_figure, used / processed * 1e6)
 
 
-def _number(pattern: str, output: str) -> float:
+def number_in(pattern: str, output: str) -> float:
     found = re.search(pattern, output, re.MULTILINE)
     if found is None:
         raise MeasurementFailed(f"pgbench printed no {pattern!r}: {output[-300:]}")
     return float(found[1])
 
 
-def _cpu_of(peer: Peer) -> float:
-    return 0.0 if peer.process is None else cpu_seconds(peer.process.pid)
+def cpu_of(peer: Peer) -> float:
+    return sum(map(cpu_seconds, peer.pids))
 
 
 # --- COPY ---------------------------------------------------------------------------------------------------
@@ -197,9 +202,9 @@ def copy_in(bench: Bench, peer: Peer) -> Iterator[Reading]:
 
 
 def _copy(bench: Bench, peer: Peer, figure: str, round_: list[str]) -> Iterator[Reading]:
-    before, begun = _cpu_of(peer), time.monotonic()
+    before, begun = cpu_of(peer), time.monotonic()
     bench.client("psql", peer.port, "-Xq", *round_ * COPY_ROUNDS, timeout=300, discard_output=True)
-    took, used = time.monotonic() - begun, _cpu_of(peer) - before
+    took, used = time.monotonic() - begun, cpu_of(peer) - before
     copied = copy_file(bench).stat().st_size * COPY_ROUNDS
     yield Reading(f"{figure}_rate", copied / took / 1e6)
     if peer.process is not None:
@@ -212,9 +217,9 @@ def _copy(bench: Bench, peer: Peer, figure: str, round_: list[str]) -> Iterator[
 def logins(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
     """Logging in and leaving, one login after the other."""
     warm_up(bench, peer)
-    before = _cpu_of(peer)
+    before = cpu_of(peer)
     seen = log_in(bench, peer, clients=clients, seconds=bench.seconds)
-    used = _cpu_of(peer) - before
+    used = cpu_of(peer) - before
     yield Reading(f"logins_{clients}", seen.done / seen.seconds)
     yield Reading(f"login_p50_{clients}", seen.median_ms)
     yield Reading(f"login_p99_{clients}", seen.late_ms)
@@ -232,7 +237,7 @@ def logins_of_kind(bench: Bench, peer: Peer, *, method: str) -> Iterator[Reading
 def logins_by_pgbench(bench: Bench, peer: Peer, *, clients: int) -> Iterator[Reading]:
     """Logging in, one trivial query and leaving, by libpq, one after the other."""
     warm_up(bench, peer)
-    yield from _pgbench(bench, peer, clients, _login_words(bench), f"logins_{clients}", f"cpu_login_{clients}")
+    yield from pgbench(bench, peer, clients, _login_words(bench), f"logins_{clients}", f"cpu_login_{clients}")
 
 
 def logins_to_tls_target(bench: Bench, peer: Peer) -> Iterator[Reading]:
@@ -291,6 +296,7 @@ def _login(peer: Peer) -> list[str]:
 
 def idle(bench: Bench, peer: Peer) -> Iterator[Reading]:
     """What sessions cost that do nothing."""
+    need_descriptors(2 * IDLE_CPU_SESSIONS + DESCRIPTORS_BESIDES)
     warm_up(bench, peer)
     with held_sessions(bench, peer) as hold:
         yield _memory_of_held(peer, hold)
@@ -316,7 +322,9 @@ def _memory_of_held(peer: Peer, hold: Callable[[int], None]) -> Reading:
 
 
 @contextlib.contextmanager
-def held_sessions(bench: Bench, peer: Peer) -> Iterator[Callable[[int], None]]:
+def held_sessions(
+    bench: Bench, peer: Peer, *, seconds: float = 3 * LOGIN_SECONDS_AT_MOST
+) -> Iterator[Callable[[int], None]]:
     """A process that holds sessions as long as the block lasts; call what is yielded for more of them."""
     process = subprocess.Popen(
         _login_load(bench, peer, "hold") if bench.tls is None else _tls_sessions(peer, bench.tls),
@@ -328,7 +336,7 @@ def held_sessions(bench: Bench, peer: Peer) -> Iterator[Callable[[int], None]]:
         start_new_session=True,
     )
     # Reads from the process block; ending it when its time is over is what bounds them.
-    limit = threading.Timer(3 * LOGIN_SECONDS_AT_MOST, process.kill)
+    limit = threading.Timer(seconds, process.kill)
     limit.start()
     try:
         yield partial(_hold_more, process)
@@ -433,18 +441,20 @@ def percentile(ordered: list[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1]
 
 
-# --- Rules and audited statements -------------------------------------------------------------------------
+# --- Sessions that are watched ----------------------------------------------------------------------------
 
 
-def with_more(name: str, take: Take, recipe: Recipe) -> Measurement:
-    """The same measurement of our gateway with more to do, with figures of its own."""
-    what = name.partition("-")[0]
+def watched(name: str, take: Take) -> Measurement:
+    """The same measurement of our gateway, with figures of its own for each that it can be asked to see."""
+    return Measurement(f"watched-{name}", _renamed(take, "watched"), own_peers=watching_gateways)
 
+
+def _renamed(take: Take, what: str) -> Take:
     def taken(bench: Bench, peer: Peer) -> Iterator[Reading]:
         for one in take(bench, peer):
             yield Reading(f"{what}_{one.figure}", one.value)
 
-    return Measurement(name, taken, our_gateway, recipe)
+    return taken
 
 
 # --- Over TLS -----------------------------------------------------------------------------------------------
@@ -457,12 +467,7 @@ def tls_in_use(bench: Bench, peer: Peer) -> str:
 
 def over_tls(name: str, take: Take, applies_to: Callable[[str], bool] = every_tls_peer) -> Measurement:
     """The same measurement with figures of its own."""
-
-    def taken(bench: Bench, peer: Peer) -> Iterator[Reading]:
-        for one in take(bench, peer):
-            yield Reading(f"tls_{one.figure}", one.value)
-
-    return Measurement(f"tls-{name}", taken, applies_to, over_tls=True)
+    return Measurement(f"tls-{name}", _renamed(take, "tls"), applies_to, over_tls=True)
 
 
 def of_kinds(method: str) -> Measurement:
@@ -473,13 +478,11 @@ def of_kinds(method: str) -> Measurement:
 MEASUREMENTS = (
     Measurement("pgbench-1", partial(transactions, clients=1)),
     Measurement("pgbench-16", partial(transactions, clients=16)),
-    with_more("rules-pgbench-16", partial(transactions, clients=16), ruled_gateway),
-    with_more("rules-copy-out", copy_out, ruled_gateway),
-    with_more("statements-pgbench-16", partial(transactions, clients=16), auditing_gateway),
-    with_more("statements-simple-16", partial(simple_transactions, clients=16), auditing_gateway),
-    Measurement("simple-16", partial(simple_transactions, clients=16), our_gateway),
     Measurement("copy-out", copy_out),
     Measurement("copy-in", copy_in),
+    watched("pgbench-16", partial(transactions, clients=16)),
+    watched("simple-16", partial(simple_transactions, clients=16)),
+    watched("copy-out", copy_out),
     Measurement("logins-1", partial(logins, clients=1)),
     Measurement("logins-8", partial(logins, clients=8)),
     of_kinds("md5"),

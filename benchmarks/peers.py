@@ -24,6 +24,7 @@ from processes import (
     free_port,
     run,
     running,
+    same_program,
     unprivileged_user,
     wait_for_port,
     wait_until,
@@ -73,10 +74,16 @@ class Bench:
     """How long one pgbench run or one row of logins takes."""
     tls: TlsFiles | None = None
     """With these every client asks for TLS; peers that are no PostgreSQL go on in plain from there."""
+    many_seconds: int = 120
+    """How long many sessions are looked at."""
 
     @property
     def login_load(self) -> str:
         return str(self.folder / "login_load")
+
+    @property
+    def bare_target(self) -> str:
+        return str(self.folder / "bare_target")
 
     @property
     def authenticator(self) -> Path:
@@ -140,12 +147,23 @@ class Peer:
     """Whom its clients log in as."""
     never_tls: bool = False
     """Whether its clients speak no TLS with it, whatever the bench has."""
+    admin_port: int = 0
+    """Where its metrics are served, if they are."""
+    has_workers: bool = False
+    """Whether it is several processes of the same program."""
 
     @property
     def pid(self) -> int:
         if self.process is None:
             raise MeasurementFailed(f"{self.name} is no proxy: it has no process to look at")
         return self.process.pid
+
+    @property
+    def pids(self) -> list[int]:
+        """All processes that do its work."""
+        if self.process is None:
+            return []
+        return same_program(self.process.pid) if self.has_workers else [self.process.pid]
 
     @property
     def client_settings(self) -> dict[str, str]:
@@ -187,7 +205,9 @@ def has_programs(postgres_bin: Path) -> bool:
 
 
 @contextlib.contextmanager
-def postgres(folder: Path, postgres_bin: Path, seconds: int, tls: TlsFiles | None) -> Iterator[Bench]:
+def postgres(
+    folder: Path, postgres_bin: Path, seconds: int, tls: TlsFiles | None, many_seconds: int
+) -> Iterator[Bench]:
     """A new cluster that trusts everyone on the loopback address but LOGIN_ROLES, running."""
     user = unprivileged_user()
     home = folder / "postgres"
@@ -213,7 +233,7 @@ def postgres(folder: Path, postgres_bin: Path, seconds: int, tls: TlsFiles | Non
     command = [str(postgres_bin / "postgres"), "-D", str(data), "-p", str(port), *settings]
     with running(command, home / "postgres.log", user=user, end_with=END_POSTGRES) as server:
         wait_for_port(port, server, "PostgreSQL")
-        bench = Bench(folder, postgres_bin, port, seconds, tls)
+        bench = Bench(folder, postgres_bin, port, seconds, tls, many_seconds)
         wait_until(lambda: _answers(bench), "PostgreSQL answers", timeout=30)
         yield bench
 
@@ -236,7 +256,8 @@ def compile_c(source: str, program: Path, *options: str) -> None:
 
 
 def compile_programs(bench: Bench) -> None:
-    compile_c("login_load.c", bench.folder / "login_load")
+    compile_c("login_load.c", Path(bench.login_load))
+    compile_c("bare_target.c", Path(bench.bare_target))
     compile_c(
         "authenticator.c",
         bench.authenticator,
@@ -250,6 +271,15 @@ def compile_programs(bench: Bench) -> None:
 def direct(bench: Bench) -> Iterator[Peer]:
     """PostgreSQL itself."""
     yield Peer("direct", bench.postgres_port)
+
+
+@contextlib.contextmanager
+def bare_target(bench: Bench) -> Iterator[Peer]:
+    """A server that lets everybody in and does nothing else, for next to no CPU and memory."""
+    port = free_port()
+    with running([bench.bare_target, str(port)], log_of(bench, "bare_target")) as process:
+        wait_for_port(port, process, "the bare target")
+        yield Peer("direct", port, process)
 
 
 HAPROXY_CONFIGURATION = """\
@@ -393,11 +423,19 @@ def package_environment() -> dict[str, str]:
 
 
 # Rules that nobody breaks.
-RULES = "idle_timeout: 3600\nidle_in_transaction_timeout: 3600\n"
-STATEMENTS = "audit: {{file: {folder}/audit.log, statements: true}}\n"
+WATCHED = {
+    "nothing": "",
+    "time limit, audit": "max_session_seconds: 86400\naudit: {{file: {folder}/audit.log}}\n",
+    "idle rules": "idle_timeout: 3600\nidle_in_transaction_timeout: 3600\n",
+    "statements": "audit: {{file: {folder}/audit.log, statements: true}}\n",
+}
+"""What our gateway can be asked to see of a session: nothing, its ends, what it is at, and what it asks."""
 
-ruled_gateway = partial(gateway, name="gateway", command=OUR_GATEWAY, more=RULES)
-auditing_gateway = partial(gateway, name="gateway", command=OUR_GATEWAY, more=STATEMENTS)
+
+def watching_gateways(wanted: Callable[[str], bool]) -> dict[str, Recipe]:
+    if not wanted("gateway"):
+        return {}
+    return {name: partial(gateway, name=name, command=OUR_GATEWAY, more=more) for name, more in WATCHED.items()}
 
 
 def latenesses_file(bench: Bench) -> Path:

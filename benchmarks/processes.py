@@ -5,9 +5,11 @@ ended by name, or without having been started here. Reading /proc makes this Lin
 """
 
 import contextlib
+import ctypes
 import os
 import pwd
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -26,9 +28,18 @@ PORTS = range(15_000, 32_000)
 END_ORDERLY = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
 END_SECONDS = 10.0
 
+PR_SET_CHILD_SUBREAPER = 36
+
+_owned: set[int] = set()
+"""Children that have somebody here who ends them."""
+
 
 class MeasurementFailed(Exception):
     """One figure could not be taken; the others still can."""
+
+
+class NotPossibleHere(MeasurementFailed):
+    """This machine does not have what it takes."""
 
 
 def run(
@@ -96,10 +107,87 @@ def running(
             )
     except OSError as error:
         raise MeasurementFailed(f"{command[0]} could not be started: {error}") from error
+    _owned.add(child.pid)
     try:
         yield child
     finally:
         end(child, end_with)
+        _owned.discard(child.pid)
+
+
+def adopt_orphans() -> None:
+    """Makes us the parent of whatever our children leave behind, so that `end_orphans` finds it."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_orphans(*, and_all_others: bool = False) -> None:
+    """Ends what a child that was killed, or replaced by a process of its own making, has left behind.
+
+    `and_all_others`: every child there is, for when nobody is left who would end it.
+    """
+    if and_all_others:
+        _owned.clear()
+    for sent in (signal.SIGTERM, signal.SIGQUIT, signal.SIGKILL):
+        for pid in _orphans():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sent)
+        with contextlib.suppress(MeasurementFailed):
+            wait_until(lambda: not _orphans(), "the orphans end", timeout=END_SECONDS)
+
+
+def _orphans() -> list[int]:
+    """Children that nobody here owns and that run; those that do not are collected."""
+    running = []
+    for pid in children_of(os.getpid()):
+        if pid not in _owned:
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                    running.append(pid)
+    return running
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of a process, of all its threads, those included that have ended and were not collected."""
+    children: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children.extend(map(int, file.read_text().split()))
+    return children
+
+
+def same_program(pid: int) -> list[int]:
+    """The process, and those of its children that run the same program: a supervisor's workers, say."""
+    program = _program_of(pid)
+    return [pid, *(child for child in children_of(pid) if program and _program_of(child) == program)]
+
+
+def _program_of(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return ""
+
+
+def need_descriptors(count: int) -> None:
+    """Raises NotPossibleHere if a process cannot have so many."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < count:
+        raise NotPossibleHere(f"a process needs {count:,} descriptors, and may have {limit:,}")
+
+
+def descriptors_of(pid: int) -> int:
+    """How many a process has open."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError as error:
+        raise MeasurementFailed(f"process {pid} cannot be looked at: {error}") from error
+
+
+def machine_times() -> tuple[int, int]:
+    """What all cores together have worked, and have been there for, since the machine started; in the same unit."""
+    fields = [int(word) for word in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+    idle = fields[3] + fields[4]  # waiting for a disk is idle too
+    return sum(fields) - idle, sum(fields)
 
 
 def end(

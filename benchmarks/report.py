@@ -17,6 +17,19 @@ YARDSTICK = "haproxy"
 TLS_YARDSTICK = "pgbouncer"
 
 
+ONE_WORKER, TWO_WORKERS = "1 worker", "2 workers"
+WORKERS = (TWO_WORKERS,)
+
+GROUPS = {
+    "watched_": "What a session pays for what the gateway is asked to see of it:",
+    "workers_": 'Several workers. "All cores" is what load, gateway and server together have taken of them:',
+    "metrics_": "Metrics, beside 16 clients:",
+    "upgrade_": "The same 16 sessions before an upgrade in place, and after it, in the new process:",
+    "many_": "10,000 sessions that idle and 500 that work, for as long as `--many-seconds` says; once:",
+}
+"""What has a table of its own, by how the figures' keys begin."""
+
+
 @dataclass(frozen=True, slots=True)
 class Aim:
     """What a figure should be: a bound in its unit, in times another peer's value, or on top of it.
@@ -39,6 +52,10 @@ class Aim:
         return words if self.of == (SUBJECT,) else f"{', '.join(self.of)}: {words}"
 
 
+UNWATCHED = Aim(1.05, at_most=True, times="nothing", of=("time limit, audit",))
+"""What is seen of a session's ends alone costs nothing on the way of its bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Figure:
     key: str
@@ -57,6 +74,11 @@ class Figure:
     def of_kinds(self) -> bool:
         """Whether its columns are kinds of authenticators."""
         return self.key.startswith(("md5_", "scram-", "target_"))
+
+    @property
+    def group(self) -> str:
+        """What its key begins with, if that is one of GROUPS."""
+        return next(filter(self.key.startswith, GROUPS), "")
 
     @property
     def aims(self) -> list[Aim]:
@@ -105,16 +127,6 @@ FIGURES = (
     Figure("cpu_transaction_1", "proxy CPU, 1 client", "µs/transaction", 1),
     Figure("tps_16", "pgbench -S, 16 clients", "tps", 0),
     Figure("cpu_transaction_16", "proxy CPU, 16 clients", "µs/transaction", 1, Aim(1.05, True, YARDSTICK)),
-    Figure("rules_tps_16", "with idle rules: pgbench -S, 16 clients", "tps", 0),
-    Figure("rules_cpu_transaction_16", "with idle rules: proxy CPU, 16 clients", "µs/transaction", 1),
-    Figure("statements_tps_16", "with audited statements: pgbench -S, 16 clients", "tps", 0),
-    Figure("statements_cpu_transaction_16", "with audited statements: proxy CPU, 16 clients", "µs/transaction", 1),
-    Figure("simple_tps_16", "pgbench -S by the simple protocol, 16 clients", "tps", 0),
-    Figure("simple_cpu_16", "the same: proxy CPU", "µs/transaction", 1),
-    Figure("statements_simple_tps_16", "the same with audited statements", "tps", 0),
-    Figure("statements_simple_cpu_16", "the same: proxy CPU", "µs/transaction", 1),
-    Figure("rules_copy_out_rate", "with idle rules: COPY out", "MB/s", 0),
-    Figure("rules_copy_out_cpu", "with idle rules: proxy CPU, COPY out", "s/GB", 2),
     Figure("copy_out_rate", "COPY out", "MB/s", 0, Aim(0.97, at_most=False, times=YARDSTICK)),
     Figure("copy_out_cpu", "proxy CPU, COPY out", "s/GB", 2, Aim(1.1, True, YARDSTICK)),
     Figure("copy_in_rate", "COPY in", "MB/s", 0, Aim(0.97, at_most=False, times=YARDSTICK)),
@@ -154,6 +166,69 @@ FIGURES = (
         Aim(1.5, at_most=False, times="direct", of=WARM_KINDS),
     ),
     Figure("target_cpu_login_1", "target over TLS: proxy CPU", "µs/login", 0),
+    Figure("watched_tps_16", "pgbench -S, 16 clients", "tps", 0),
+    Figure("watched_cpu_transaction_16", "proxy CPU, 16 clients", "µs/transaction", 1, UNWATCHED),
+    Figure("watched_simple_tps_16", "pgbench -S by the simple protocol, 16 clients", "tps", 0),
+    Figure("watched_simple_cpu_16", "the same: proxy CPU", "µs/transaction", 1, UNWATCHED),
+    Figure("watched_copy_out_rate", "COPY out", "MB/s", 0),
+    Figure("watched_copy_out_cpu", "proxy CPU, COPY out", "s/GB", 2, UNWATCHED),
+    Figure("workers_tps", "pgbench -S by the simple protocol, 64 clients", "tps", 0),
+    Figure(
+        "workers_cpu_transaction",
+        "the same: CPU of all processes",
+        "µs/transaction",
+        1,
+        Aim(1.1, at_most=True, times=ONE_WORKER, of=WORKERS),
+    ),
+    Figure("workers_share", "sessions of the worker that has the fewest", "%", 0, Aim(40, at_most=False, of=WORKERS)),
+    Figure("workers_busy", "all cores meanwhile", "%", 0),
+    Figure(
+        "workers_logins",
+        "logins, 16 clients, kind worker",
+        "logins/s",
+        0,
+        Aim(1.2, at_most=False, times=ONE_WORKER, of=WORKERS),
+    ),
+    Figure("workers_cpu_login", "the same: CPU of all processes", "µs/login", 0),
+    Figure("workers_logins_busy", "all cores meanwhile", "%", 0),
+    Figure(
+        "workers_bare_logins",
+        "the same, to a server that costs nothing",
+        "logins/s",
+        0,
+        Aim(1.2, at_most=False, times=ONE_WORKER, of=WORKERS),
+    ),
+    Figure("workers_bare_cpu_login", "the same: CPU of all processes", "µs/login", 0),
+    Figure("workers_bare_logins_busy", "all cores meanwhile", "%", 0),
+    Figure("metrics_tps_16", "pgbench -S, 16 clients", "tps", 0),
+    Figure("metrics_cpu_transaction_16", "proxy CPU, 16 clients", "µs/transaction", 1),
+    Figure("metrics_scrape_time", "a scrape's time meanwhile, half of them", "ms", 2),
+    Figure("metrics_scrape_cpu", "proxy CPU of one scrape, answered anew", "ms", 2),
+    Figure(
+        "metrics_share",
+        "one scrape each 15 s, of the relay's CPU",
+        "%",
+        3,
+        Aim(1, at_most=True, of=("scraped 1 Hz",)),
+    ),
+    Figure("upgrade_tps", "pgbench -S, 16 clients", "tps", 0),
+    Figure(
+        "upgrade_cpu_transaction",
+        "proxy CPU, 16 clients",
+        "µs/transaction",
+        1,
+        Aim(1.05, at_most=True, times="before", of=("after",)),
+    ),
+    Figure("upgrade_seconds", "from the signal until all have moved", "s", 2),
+    Figure("many_workers", "workers, for there to be descriptors enough", "", 0),
+    Figure("many_memory", "resident memory after 10 s, all processes", "MiB", 1),
+    Figure("many_memory_session", "the same for each session", "KiB", 1),
+    Figure("many_growth", "growth from there to the end", "KiB", 0, Aim(1024, at_most=True)),
+    Figure("many_peak", "the most meanwhile, above there", "KiB", 0),
+    Figure("many_descriptors", "descriptors after 10 s", "", 0),
+    Figure("many_descriptors_growth", "growth from there to the end", "", 0, Aim(0, at_most=True)),
+    Figure("many_tps", "pgbench -S -R 1000 by the simple protocol", "tps", 0),
+    Figure("many_cpu", "CPU of all processes", "% of a core", 1),
 )
 
 
@@ -195,6 +270,8 @@ class Report:
     peers: Sequence[str]
     samples: list[Sample] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    impossible: list[Failure] = field(default_factory=list)
+    """What this machine cannot measure."""
     tls: dict[str, str] = field(default_factory=dict)
     """What each peer's clients agreed on with it, where that was TLS."""
 
@@ -229,9 +306,9 @@ class Report:
         return value <= aim.bound if aim.at_most else value >= aim.bound
 
     def tables(self) -> str:
-        """In Markdown: what was measured in plain, what over TLS, and what of each kind of authenticator."""
+        """In Markdown: what was measured in plain, what over TLS, of each kind of authenticator, and of each group."""
         measured = self.measured_figures()
-        plain = [figure for figure in measured if not figure.over_tls and not figure.of_kinds]
+        plain = [figure for figure in measured if not (figure.over_tls or figure.of_kinds or figure.group)]
         over_tls = [figure for figure in measured if figure.over_tls]
         of_kinds = [figure for figure in measured if figure.of_kinds]
         parts = []
@@ -245,12 +322,16 @@ class Report:
         if of_kinds:
             parts.append("Logins, for each kind of authenticator:")
             parts.append(self._table(of_kinds, self.peers_of(of_kinds)))
+        for key, heading in GROUPS.items():
+            if grouped := [figure for figure in measured if figure.group == key]:
+                parts.extend([heading, self._table(grouped, self.peers_of(grouped))])
         return "\n\n".join(parts)
 
     def peers_of(self, figures: Sequence[Figure]) -> list[str]:
-        """Whose figures these are, in the order of the first repeat."""
+        """Whose figures these are, in the order of the first repeat, PostgreSQL itself before all."""
         keys = {figure.key for figure in figures}
-        return list(dict.fromkeys(sample.peer for sample in self.samples if sample.figure in keys))
+        peers = dict.fromkeys(sample.peer for sample in self.samples if sample.figure in keys)
+        return sorted(peers, key=lambda peer: peer != "direct")
 
     def _table(self, figures: Sequence[Figure], peers: Sequence[str], yardstick: str | None = None) -> str:
         """Aligned for the eye: a row a figure, a column a peer, and how our gateway compares with the yardstick."""
@@ -297,6 +378,9 @@ class Report:
             "failures": [
                 {"measurement": one.measurement, "peer": one.peer, "repeat": one.repeat, "reason": one.reason}
                 for one in self.failures
+            ],
+            "impossible": [
+                {"measurement": one.measurement, "peer": one.peer, "reason": one.reason} for one in self.impossible
             ],
         }
         file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")

@@ -98,20 +98,25 @@ def fill_standard_descriptors() -> None:
     os.close(descriptor)
 
 
-def fitting(settings: Settings, sink: Sink) -> Settings:
-    """The settings with no more clients and logins than there are descriptors for.
+def fitting(settings: Settings, sink: Sink, *, is_only: bool = True) -> tuple[Settings, int]:
+    """The settings with no more clients and logins than there are descriptors for; and how many clients that are.
 
-    A login that has not named itself holds one; there may be max_logins of them besides the clients.
+    A login that has not named itself holds one; there may be max_logins of them besides the clients. `is_only`: whether
+    this process is the whole gateway; the clients of another are no matter of its descriptors.
     """
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if descriptors == resource.RLIM_INFINITY:
-        return settings
+        return settings, settings.max_clients
     reserved = DESCRIPTORS_FOR_OPERATORS if settings.admin.listen else 0
     free = descriptors - DESCRIPTORS_FOR_ITSELF - reserved - _descriptors_of(settings.authenticator)
     if settings.max_clients * DESCRIPTORS_OF_A_SESSION + settings.max_logins <= free:
-        return settings
+        return settings, settings.max_clients
     max_logins = min(settings.max_logins, max(1, free // 4))
-    max_clients = min(settings.max_clients, max(1, (free - max_logins) // DESCRIPTORS_OF_A_SESSION))
+    own_clients = min(settings.max_clients, max(1, (free - max_logins) // DESCRIPTORS_OF_A_SESSION))
+    max_clients = own_clients if is_only else settings.max_clients
+    if own_clients < max_clients:
+        own = (("clients", own_clients), ("descriptors", descriptors))
+        sink(Noticed("warning", "this worker has descriptors for fewer than max_clients", own))
     for name, fitting, asked_for in (
         ("max_clients", max_clients, settings.max_clients),
         ("max_logins", max_logins, settings.max_logins),
@@ -119,7 +124,7 @@ def fitting(settings: Settings, sink: Sink) -> Settings:
         if fitting < asked_for:
             facts = ((name, fitting), ("asked_for", asked_for), ("descriptors", descriptors))
             sink(Noticed("warning", f"{name} lowered to what the limit on descriptors allows", facts))
-    return msgspec.structs.replace(settings, max_clients=max_clients, max_logins=max_logins)
+    return msgspec.structs.replace(settings, max_clients=max_clients, max_logins=max_logins), own_clients
 
 
 def _descriptors_of(asked: AuthenticatorSettings) -> int:

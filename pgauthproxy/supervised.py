@@ -98,7 +98,7 @@ async def _serve(channel: Channel, begin: Begin, sink: LogSink, audit: AuditSink
         channel.send(Failed(tuple(faults)))
         return CANNOT_BEGIN
     latest = Latest(begin.settings)
-    place = Place(begin.slot, begin.generation, removes_files=False, ledger=begin.ledger)
+    place = Place(begin.slot, begin.generation, removes_files=False, ledger=begin.ledger, is_only=begin.is_only)
     worker = Worker(begin.settings, authenticator, listening, latest.read, sink, audit, place)
     try:
         await worker.start()

@@ -408,6 +408,7 @@ class Supervisor:
             tuple(each.proxy_protocol for each in listening),
             self._removes_files,
             self._counts.descriptor,
+            len(self._slots) == 1,
             child.was_paused,
             *child.relatives,
         )

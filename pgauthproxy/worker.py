@@ -14,7 +14,7 @@ from pgauthproxy.auth.model import Authenticator
 from pgauthproxy.build import build_gateway, build_ledger
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.errors import GatewayFault
-from pgauthproxy.events import CloseReason, Noticed, Refused, to_all
+from pgauthproxy.events import CloseReason, Noticed, Refused, Sink, to_all
 from pgauthproxy.gateway.session import Gateway, Session, shutting_down
 from pgauthproxy.net import listen
 from pgauthproxy.net.listen import Listener
@@ -39,13 +39,14 @@ class Place:
     """Where a worker stands among others: its slot, which its successor has too, and its own generation.
 
     `removes_files`: those of Unix sockets, once it listens no more. `ledger`: the descriptor of the counts that they
-    share.
+    share. `is_only`: whether there are no others.
     """
 
     slot: int = 0
     generation: int = 0
     removes_files: bool = True
     ledger: int = -1
+    is_only: bool = True
 
 
 class Worker:
@@ -66,10 +67,11 @@ class Worker:
         place = self._place = place or Place()
         counts = self._counts = Counts(str(place.slot))
         self.listening = listening
-        fitted = fitting(settings, log)
+        fitted, own_clients = fitting(settings, log, is_only=place.is_only)
         ledger = build_ledger(fitted, place.ledger, place.slot)
         self.gateway: Gateway = build_gateway(fitted, authenticator, to_all(sink, counts), ledger, audit, place.slot)
-        self.reloads = Reloads(self.gateway, settings, fitted, listening, read, fitting, sink, log, audit)
+        self.gateway.limits.own_clients = own_clients
+        self.reloads = Reloads(self.gateway, settings, fitted, listening, read, self._fit, sink, log, audit)
         self.own = Own(self.gateway, counts)
         self._measuring: asyncio.Task[None] | None = None
         self._listeners: list[Listener] = []
@@ -78,6 +80,11 @@ class Worker:
         self._leaving = asyncio.Event()
         self._told = asyncio.Event()
         self._ended = asyncio.Event()
+
+    def _fit(self, settings: Settings, sink: Sink) -> Settings:
+        """What new settings are here."""
+        fitted, self.gateway.limits.own_clients = fitting(settings, sink, is_only=self._place.is_only)
+        return fitted
 
     async def start(self) -> None:
         """Raises AuthenticatorConfigError if the authenticator cannot be started."""

@@ -488,7 +488,8 @@ class Settings(_Settings, frozen=True):
     throttle: ThrottleSettings = ThrottleSettings()
     admin: AdminSettings = AdminSettings()
     max_clients: Count = 10_000
-    """Clients at once; more are refused with 53300. Lowered at start to what descriptors allow."""
+    """Clients at once; more are refused with 53300. Lowered at start to what descriptors allow; with several workers
+    each takes no more than it has descriptors for."""
     max_clients_per_user: NotNegativeCount = 0
     """The same for one user, as it logs in here (whatever it becomes at its target), once it has proved who it is.
     0: no limit of its own."""

@@ -59,7 +59,10 @@ class Limits:
         self.per_address = per_address
         self.reserved = reserved
         self.reserved_for = reserved_for
+        self.own_clients = NO_BOUND
+        """How many clients this process has descriptors for, whatever others have."""
         self.ledger = ledger or Ledger()
+        self._own = 0
         self._silent: dict[int, Evict] = {}
 
     @property
@@ -71,7 +74,7 @@ class Limits:
         return self.ledger.total(LOGINS)
 
     def bind(self, other: "Limits") -> None:
-        """Takes over the bounds of another one, for whoever comes from here on."""
+        """Takes over the bounds of another one, but for `own_clients`, for whoever comes from here on."""
         self.max_clients = other.max_clients
         self.max_logins = other.max_logins
         self.per_user = other.per_user
@@ -104,10 +107,10 @@ class Limits:
         For users that places are kept for there may be one yet, once they have proved themselves (`prove`).
         """
         place = Place()
-        place.is_client = self.ledger.begin(CLIENTS, max(0, self.max_clients - self.reserved))
+        place.is_client = self._begin(kept=self.reserved)
         if not place.is_client and user not in self.reserved_for:
             kept = f", {self.reserved} kept free (reserved_clients)" if self.reserved else ""
-            raise too_many(f"{self.clients} clients (max_clients){kept}")
+            raise too_many(f"{self._so_many()}{kept}")
         if self.per_address and (key := network_key(address)):
             place.address = self.ledger.take(b"a" + key, self.per_address)
             if place.address == NONE:
@@ -118,9 +121,9 @@ class Limits:
     def prove(self, place: Place, user: bytes) -> None:
         """The client is who it says it is. Raises GatewayFault if there is no place for this user any more."""
         if not place.is_client:
-            place.is_client = self.ledger.begin(CLIENTS, self.max_clients)
+            place.is_client = self._begin()
             if not place.is_client:
-                raise too_many(f"{self.clients} clients (max_clients), none kept free any more")
+                raise too_many(f"{self._so_many()}, none kept free any more")
         if self.per_user:
             place.user = self.ledger.take(b"u" + user, self.per_user)
             if place.user == NONE:
@@ -130,6 +133,7 @@ class Limits:
         """A client that another process has let in has its place, even if there are more than there may be."""
         place = Place()
         place.is_client = self.ledger.begin(CLIENTS, NO_BOUND)
+        self._own += 1
         if self.per_user:
             place.user = self.ledger.take(b"u" + user, NO_BOUND)
         if self.per_address and (key := network_key(address)):
@@ -140,8 +144,21 @@ class Limits:
         """Gives back what a client has taken; a second time nothing."""
         if place.is_client:
             place.is_client = False
+            self._own -= 1
             self.ledger.end(CLIENTS)
         for index in (place.user, place.address):
             if index != NONE:
                 self.ledger.give(index)
         place.user = place.address = NONE
+
+    def _begin(self, *, kept: int = 0) -> bool:
+        """Counts one more client, if that leaves so many places free, here and of all."""
+        if self._own >= self.own_clients - kept or not self.ledger.begin(CLIENTS, max(0, self.max_clients - kept)):
+            return False
+        self._own += 1
+        return True
+
+    def _so_many(self) -> str:
+        if self._own >= self.own_clients - self.reserved and self.own_clients < self.max_clients:
+            return f"{self._own} clients in this worker, which has no descriptors for more"
+        return f"{self.clients} clients (max_clients)"

@@ -30,6 +30,7 @@ from tests.wire import SSL_REQUEST, RawClient, ScriptedTarget, message, password
 
 PASSWORD = "of no importance"
 MODULE = [sys.executable, "-m", "pgauthproxy"]
+FEW_DESCRIPTORS = 200
 LISTENING = re.compile(r'listening.*?address="?([^\s"]+)|"address":"([^"]+)"')
 
 environment = {name: value for name, value in os.environ.items() if not name.startswith("PGPROXY_")}
@@ -44,6 +45,11 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {WAIT_SECONDS} s for {what}"
         time.sleep(0.005)
+
+
+def limited_to(descriptors: int) -> list[str]:
+    """What stands before a command so that it gets no more descriptors than that."""
+    return ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh"]
 
 
 def assert_serves(port: int, user: str = "alice") -> None:

@@ -19,12 +19,14 @@ import pytest
 from pgauthproxy.proto import scram
 from tests.conftest import Gateway, StartGateway, WriteAuthenticator
 from tests.system.conftest import (
+    FEW_DESCRIPTORS,
     STEPS,
     Holding,
     Run,
     assert_one_clear_line,
     assert_serves,
     configure,
+    limited_to,
     wait_until,
 )
 from tests.wire import (
@@ -44,17 +46,11 @@ MEGABYTE = 1024 * 1024
 TIMED_OUT = ("28000", "canceling authentication due to timeout")
 TOO_MANY = ("53300", "sorry, too many clients already")
 LEFT = "client left during its login"
-FEW_DESCRIPTORS = 200
 
 VERIFIER = scram.Verifier.of(b"secret", b"0123456789abcdef", 1000).text().decode()
 ROOT: dict[str, Any] = {"admin": {"users": {"root": VERIFIER}}}
 
 StartHolding = Callable[..., Holding]
-
-
-def limited_to(descriptors: int) -> list[str]:
-    """What stands before a command so that it gets no more descriptors than that."""
-    return ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh"]
 
 
 @contextlib.contextmanager

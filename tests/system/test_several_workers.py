@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway, WriteAuthenticator, is_alive
 from tests.system.conftest import (
+    FEW_DESCRIPTORS,
     MANY,
     Backends,
     Run,
@@ -27,6 +29,7 @@ from tests.system.conftest import (
     assert_serves,
     configure,
     is_listened_on,
+    limited_to,
     wait_until,
 )
 from tests.wire import RawClient, cancel_request, error_fields, message, password, proxy_v1, query, startup
@@ -61,6 +64,34 @@ def test_limits_hold_for_all_workers_together_and_a_dead_one_takes_no_place(star
         with RawClient(workers.port) as client:
             client.send(startup())
             assert client.read_fatal()[0] == "53300"
+
+
+def test_a_workers_descriptors_bound_its_own_clients_and_not_those_of_all(start_workers: StartWorkers) -> None:
+    workers = start_workers(before=limited_to(FEW_DESCRIPTORS), authenticator={"max_parallel": 4}, max_clients=200)
+    own = workers.gateway.wait_for("this worker has descriptors for fewer than max_clients")["clients"]
+    assert 10 < own < FEW_DESCRIPTORS / 2
+    with contextlib.ExitStack() as stack:
+        # Neither can be full before there are as many, and one must be when there are twice as many.
+        held: list[RawClient] = []
+        for _ in range(own):
+            held.append(stack.enter_context(RawClient(workers.port)))
+            held[-1].log_in()
+        for _ in range(own + 1):
+            another = stack.enter_context(RawClient(workers.port))
+            another.send(startup())
+            if another.read_message()[0] == b"E":
+                break
+            another.send(password())
+            another.read_until(b"Z")
+            held.append(another)
+        else:
+            raise AssertionError("nobody was refused")
+        assert workers.gateway.wait_for("refused")["reason"] == (
+            f"{own} clients in this worker, which has no descriptors for more"
+        )
+        assert Counter(map(workers.worker_of, held)).most_common(1)[0][1] == own
+        assert len(held) > own
+    assert not workers.gateway.log_lines("accepting pauses")
 
 
 def test_an_address_that_guesses_is_refused_by_all_workers(

@@ -252,3 +252,45 @@ def test_limits_hold_for_all_workers_together() -> None:
     Ledger(memory).clear_slot(0)
     Newcomer(other, 1)
     os.close(memory)
+
+
+# Descriptors of one process
+
+
+def test_what_a_process_has_descriptors_for_bounds_its_own_clients_alone() -> None:
+    shared = os.memfd_create("limits")
+    here, there = (Limits(10, 10, ledger=Ledger(shared, slot)) for slot in range(2))
+    os.close(shared)
+    here.own_clients = 2
+    place = let_in(here)
+    here.take_up(USER, ADDRESS)
+    assert refusal(here) == "2 clients in this worker, which has no descriptors for more"
+    for _ in range(3):
+        let_in(there)
+    assert here.clients == 5
+    here.end_client(place)
+    here.end_client(place)
+    let_in(here)
+    assert refusal(here) == "2 clients in this worker, which has no descriptors for more"
+
+
+def test_places_that_are_kept_are_kept_of_the_descriptors_too() -> None:
+    limits = Limits(10, 10, reserved=1, reserved_for=frozenset([b"root"]))
+    limits.own_clients = 2
+    let_in(limits)
+    assert (
+        refusal(limits) == "1 clients in this worker, which has no descriptors for more, 1 kept free (reserved_clients)"
+    )
+    let_in(limits, b"root")
+    assert (
+        refusal(limits, b"root")
+        == "2 clients in this worker, which has no descriptors for more, none kept free any more"
+    )
+
+
+def test_where_all_places_are_taken_that_is_said_and_not_descriptors() -> None:
+    limits = Limits(2, 10)
+    limits.own_clients = 2
+    let_in(limits)
+    let_in(limits)
+    assert refusal(limits) == "2 clients (max_clients)"
