@@ -15,7 +15,7 @@ LAYOUT = [
     "proto.steps proto.messages proto.proxy_header proto.startup",
     "proto.scram proto.client_login proto.target_tls proto.target_login proto.console",
     "authoring",
-    "auth.model auth.fields auth.references auth.admins auth.targets",
+    "auth.model auth.turns auth.fields auth.references auth.admins auth.targets",
     "auth.yaml_lines auth.networks auth.certificates auth.users_file auth.users_edit auth.users",
     "auth.command auth.worker_process auth.worker auth.chain auth.cache",
     "auth.typed rehearsal authenticator auth.calls auth.python auth.http_json auth.http",
