@@ -36,12 +36,12 @@ from pgauthproxy.events import (
     Reloading,
     Sink,
 )
+from pgauthproxy.ops.later import Later
 from pgauthproxy.ops.log import admin_facts, cancel_facts, end_facts, login_facts, refusal_facts
 from pgauthproxy.ops.outlets import Outlet
 
 MAX_WAITING_BYTES: Final = 1 << 20
 """Lines that wait for a reader who is slow; more are lost."""
-RETRY_SECONDS: Final = 0.2
 COMPLAIN_SECONDS: Final = 60.0
 DELETE: Final = 0x7F
 
@@ -91,7 +91,7 @@ class AuditSink:
         """Whether that was said."""
         self._complained_at = -COMPLAIN_SECONDS
         self._flush_planned = False
-        self._retry: asyncio.TimerHandle | None = None
+        self._later = Later(self.flush)
 
     def open(self) -> None:
         """Raises OSError."""
@@ -146,7 +146,7 @@ class AuditSink:
             except BlockingIOError:
                 self._trouble = "nobody reads it"
                 self._tell_trouble()
-                self._flush_later()
+                self._later.plan()
                 return
             except OSError as error:
                 if error.errno != errno.EMSGSIZE:
@@ -296,26 +296,12 @@ class AuditSink:
 
     def _flush_soon(self) -> None:
         """Writes in this turn of the loop, with whatever else it brings."""
-        if self._waiting and not self._flush_planned and self._retry is None:
+        if self._waiting and not self._flush_planned and not self._later.is_planned:
             self._flush_planned = True
             asyncio.get_running_loop().call_soon(self._flush_as_planned)
 
     def _flush_as_planned(self) -> None:
         self._flush_planned = False
-        self.flush()
-
-    def _flush_later(self) -> None:
-        if self._retry is not None:
-            return
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            # Before or after the loop's life: the next line tries again.
-            return
-        self._retry = loop.call_later(RETRY_SECONDS, self._try_again)
-
-    def _try_again(self) -> None:
-        self._retry = None
         self.flush()
 
 

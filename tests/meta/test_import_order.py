@@ -24,7 +24,7 @@ LAYOUT = [
     "gateway.access gateway.limits gateway.throttle gateway.rules gateway.salted_keys gateway.paused",
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel",
     "gateway.console gateway.session",
-    "ops.log ops.outlets ops.audit ops.privileges",
+    "ops.later ops.log ops.outlets ops.audit ops.privileges",
     "ops.snapshot ops.counts ops.acts ops.metrics ops.history ops.view ops.http ops.page ops.admin",
     "config.schema config.load config.reference",
     "ops.console",
