@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from pgauthproxy import _spawn, program
+from pgauthproxy import program
 from pgauthproxy._ledger import Ledger
 from pgauthproxy.build import build_ledger, examine, with_lasting_seed
 from pgauthproxy.config.load import ConfigError
@@ -48,7 +48,7 @@ from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile
-from pgauthproxy.process import announce, hear_signals
+from pgauthproxy.process import announce, hear_signals, prepare_process
 from pgauthproxy.reload import CONFIGURATION, LOADED, NOT_LOADED, OneAtATime, Read, changed_keys, complain, keep_fixed
 from pgauthproxy.service import Service
 
@@ -122,7 +122,7 @@ def supervise(
     settings: Settings, slots: list[Slot], read: Read, log: LogSink, audit: AuditSink | None, service: Service
 ) -> None:
     """Runs until a signal ends it. Raises WorkersFailedError and PidFileError if it cannot begin to."""
-    _spawn.keep_descriptors_private()
+    prepare_process()
     counts = Counts(settings)
     asyncio.run(Supervisor(settings, slots, counts, read, log, audit, service).run())
 
