@@ -66,7 +66,7 @@ class Worker:
     ) -> None:
         # The audit log goes first: what it refuses has not happened.
         sink = self._sink = log if audit is None else to_all(audit, log)
-        counts = Counts()
+        counts = Counts(audit)
         place = self._place = place or Place()
         self.listening = listening
         fitted = fitting(settings, log)
