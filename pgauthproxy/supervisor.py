@@ -23,7 +23,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from pgauthproxy import _spawn, operators, program
+from pgauthproxy import operators, program
 from pgauthproxy._ledger import Ledger
 from pgauthproxy.build import build_ledger, examine, with_lasting_seed
 from pgauthproxy.config.load import ConfigError
@@ -56,7 +56,7 @@ from pgauthproxy.ops.acts import Pause, Resume
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile, PidFileError
-from pgauthproxy.process import announce, hear_signals
+from pgauthproxy.process import announce, hear_signals, prepare_process
 from pgauthproxy.reload import CONFIGURATION, LOADED, NOT_LOADED, OneAtATime, Read, changed_keys, complain, keep_fixed
 from pgauthproxy.service import Service
 from pgauthproxy.upgrade import (
@@ -163,7 +163,7 @@ def supervise(
 
     Raises WorkersFailedError, PidFileError and UpgradeError if it cannot begin to.
     """
-    _spawn.keep_descriptors_private()
+    prepare_process()
     counts = Counts(settings)
     asyncio.run(Supervisor(settings, slots, admin_listening, counts, read, log, audit, service, words).run(link))
 
@@ -225,7 +225,7 @@ class Supervisor:
         self._ended = asyncio.Event()
         self._reloading = OneAtATime(self._reload, lambda: sink(Reloading()))
         self._upgrading = OneAtATime(self._upgrade)
-        self._whole = Whole(lambda: self._is_draining)
+        self._whole = Whole(lambda: self._is_draining, audit)
         self._operators = Operators(admin_listening, self._whole.snapshot, self._whole.act, sink)
 
     async def run(self, predecessor: Link | None) -> None:

@@ -10,8 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import msgspec
+
 from pgauthproxy.control import Answered, Asked, Look, Questions
 from pgauthproxy.ops.acts import Act, Kill, KillUser, Pause, Reload, Resume, Shutdown, UnansweredError, signal_itself
+from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.counts import measure_process
 from pgauthproxy.ops.snapshot import Snapshot
 from pgauthproxy.release import version
@@ -57,10 +60,11 @@ class Part:
 
 
 class Whole:
-    """All workers that are ready. `is_draining` says whether the gateway is on its way out."""
+    """All workers that are ready. `is_draining` says whether the gateway is on its way out; `audit` is the supervisor's."""
 
-    def __init__(self, is_draining: Callable[[], bool]) -> None:
+    def __init__(self, is_draining: Callable[[], bool], audit: AuditSink | None) -> None:
         self._is_draining = is_draining
+        self._audit = audit
         self._parts: set[Part] = set()
         self._departed = Snapshot(version(), time.time())
         self.is_paused = False
@@ -85,10 +89,16 @@ class Whole:
             # One that has left meanwhile is among the departed.
             if seen is not None and part in self._parts:
                 whole = whole.merge(seen)
-        whole.at = time.time()
-        whole.paused = self.is_paused
-        whole.draining = self._is_draining()
-        whole.processes = [*sorted(whole.processes, key=lambda process: process.name), process]
+        lost, is_failing = (self._audit.lost_in_all, self._audit.is_failing) if self._audit is not None else (0, False)
+        whole = msgspec.structs.replace(
+            whole,
+            at=time.time(),
+            draining=self._is_draining(),
+            paused=self.is_paused,
+            audit_lost=whole.audit_lost + lost,
+            audit_failing=whole.audit_failing or is_failing,
+            processes=[*sorted(whole.processes, key=lambda process: process.name), process],
+        )
         return whole.with_newest(rows)
 
     async def act(self, act: Act) -> int:

@@ -65,7 +65,7 @@ class Worker:
         # The audit log goes first: what it refuses has not happened.
         sink = self.sink = log if audit is None else to_all(audit, log)
         place = self._place = place or Place()
-        counts = self._counts = Counts(str(place.slot))
+        counts = self._counts = Counts(str(place.slot), audit)
         self.listening = listening
         fitted, own_clients = fitting(settings, log, is_only=place.is_only)
         ledger = build_ledger(fitted, place.ledger, place.slot)

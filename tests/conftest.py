@@ -125,11 +125,14 @@ class Gateway:
     @property
     def children(self) -> set[int]:
         """Its processes, those included that are gone and not yet reaped."""
-        found: set[int] = set()
-        for thread in Path(f"/proc/{self.pid}/task").iterdir():
-            # The thread may be gone by now.
-            with contextlib.suppress(FileNotFoundError):
-                found.update(map(int, (thread / "children").read_text().split()))
+        return children_of(self.pid)
+
+    @property
+    def family(self) -> set[int]:
+        """Itself, and whatever it and its processes have started."""
+        found, new = {self.pid}, {self.pid}
+        while new := set().union(*map(children_of, new)) - found:
+            found |= new
         return found
 
     @property
@@ -146,6 +149,17 @@ class Gateway:
         """The most memory that it ever had."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+
+def children_of(pid: int) -> set[int]:
+    """The processes of a process, those included that are gone and not yet reaped."""
+    found: set[int] = set()
+    # It, or one of its threads, may be gone by now.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found.update(map(int, (thread / "children").read_text().split()))
+    return found
 
 
 def resident_bytes(pid: int | str = "self") -> int:

@@ -75,9 +75,13 @@ class RawClient:
         """`source` is the address to come from, if it is to be a particular one."""
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(SECONDS)
-        if source:
-            self.socket.bind((source, 0))
-        self.socket.connect(("127.0.0.1" if family == socket.AF_INET else "::1", port))
+        try:
+            if source:
+                self.socket.bind((source, 0))
+            self.socket.connect(("127.0.0.1" if family == socket.AF_INET else "::1", port))
+        except OSError:
+            self.socket.close()
+            raise
 
     @classmethod
     def of_folder(cls, folder: object, port: int) -> Self:

@@ -30,6 +30,8 @@ class CachedAuthenticator:
         self._mac_key = secrets.token_bytes(32)
         self._kept: OrderedDict[bytes, tuple[float, Mapping]] = OrderedDict()
         self._asking: dict[bytes, asyncio.Event] = {}
+        self._waiting = 0
+        """How many wait for what another is told."""
         self._is_used = False
         """Whether any answer was ever to be kept: without that, nobody waits for another's."""
 
@@ -45,7 +47,11 @@ class CachedAuthenticator:
             return kept
         if (asking := self._asking.get(name)) is not None:
             # The same login at the same time: if its answer is kept, it is ours too.
-            await asking.wait()
+            self._waiting += 1
+            try:
+                await asking.wait()
+            finally:
+                self._waiting -= 1
             if (kept := self._find(name)) is not None:
                 return kept
             return self._keep(name, question, await self._inner.ask(question))
@@ -60,7 +66,8 @@ class CachedAuthenticator:
         await self._inner.reload()
 
     def load(self) -> list[Load]:
-        return load_of(self._inner)
+        inner = load_of(self._inner)
+        return [*inner, Load("cache", queued=self._waiting)] if self._is_used else inner
 
     async def close(self) -> None:
         self._kept.clear()

@@ -19,7 +19,7 @@ from types import CodeType
 from typing import Any, Final
 
 from pgauthproxy.auth.fields import NonsenseError
-from pgauthproxy.auth.model import Denied, Question
+from pgauthproxy.auth.model import Denied, Load, Question
 from pgauthproxy.auth.typed import mapping_of, request_of
 from pgauthproxy.authoring import Denied as AuthorDenied
 from pgauthproxy.authoring import FieldError, Request, checked, told_by, what_failed
@@ -72,6 +72,11 @@ class Places:
     @property
     def taken(self) -> int:
         return self.count - self._free
+
+    @property
+    def wanted(self) -> int:
+        """How many wait for one."""
+        return sum(not waiter.done() for waiter in self._waiting)
 
     async def take(self) -> None:
         """Raises AuthenticatorFault if no place will come free."""
@@ -147,6 +152,10 @@ class Calls(ABC):
                 await self._unasked.wait()
         finally:
             await self.close()
+
+    def load(self) -> Load:
+        """What runs on after its time-out runs."""
+        return Load("python", self._places.taken, self._places.wanted)
 
     async def _call(self, question: Question) -> Mapping:
         await self._places.take()

@@ -18,7 +18,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from pgauthproxy.auth import http_json, references
 from pgauthproxy.auth.fields import NonsenseError
-from pgauthproxy.auth.model import AuthenticatorConfigError, Question
+from pgauthproxy.auth.model import AuthenticatorConfigError, Load, Question
+from pgauthproxy.auth.turns import Turns
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.events import Noticed
 from pgauthproxy.stages import Mapping
@@ -68,7 +69,7 @@ class HttpAuthenticator:
         self._access = self._read_access()
         self._limits = limits
         self._notice = notice
-        self._places = asyncio.Semaphore(limits.max_in_flight)
+        self._turns = Turns(limits.max_in_flight)
         self._session: aiohttp.ClientSession | None = None
         _check_aiohttp()
 
@@ -96,7 +97,7 @@ class HttpAuthenticator:
 
     async def ask(self, question: Question) -> Mapping:
         body = http_json.encode_request(question)
-        async with self._places:
+        async with self._turns:
             try:
                 async with asyncio.timeout(self._limits.timeout):
                     status, answer = await self._post(body)
@@ -122,6 +123,9 @@ class HttpAuthenticator:
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+    def load(self) -> list[Load]:
+        return [self._turns.load("http")]
 
     async def _post(self, body: bytes) -> tuple[int, bytes | None]:
         """Status and body of the answer, None for one that is too long. Raises AuthenticatorFault."""

@@ -23,7 +23,7 @@ import jwt
 
 from pgauthproxy.auth import https
 from pgauthproxy.auth.keysets import KeptKeys
-from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Question
+from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Load, Question
 from pgauthproxy.auth.targets import ReadTargets, Target
 from pgauthproxy.events import Sink
 from pgauthproxy.net.tls import TlsConfigError, verifying_context
@@ -139,6 +139,9 @@ class JwtAuthenticator:
     async def reload(self) -> None:
         self._targets, self._context = await asyncio.to_thread(lambda: (self._read_targets(), _context(self._source)))
         await self._keys.reload()
+
+    def load(self) -> list[Load]:
+        return [Load("jwt", self._keys.awaited_by)]
 
     async def close(self) -> None:
         await self._keys.close()

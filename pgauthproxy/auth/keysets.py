@@ -100,6 +100,8 @@ class KeptKeys:
         self._tried_at: float | None = None
         self._failure = ""
         self._reading: asyncio.Task[None] | None = None
+        self.awaited_by = 0
+        """How many tokens wait for keys to be read; all others are decided about at once."""
 
     async def find(self, key_id: str | None, algorithm: str) -> list[Any]:
         """The keys that a token may be signed with; none if it names one that nobody has published.
@@ -112,7 +114,11 @@ class KeptKeys:
             self._begin_reading()
             if self._reading is not None:
                 # Others wait for the same.
-                await asyncio.shield(self._reading)
+                self.awaited_by += 1
+                try:
+                    await asyncio.shield(self._reading)
+                finally:
+                    self.awaited_by -= 1
         if self._keys is None:
             raise AuthenticatorFault(f"no keys to verify tokens with: {self._failure}")
         return self._keys.find(key_id, algorithm)

@@ -19,8 +19,9 @@ from typing import Any, Final
 import sansldap
 
 from pgauthproxy.auth.directory import Connection, DirectoryError, Entry, Server
-from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Question
+from pgauthproxy.auth.model import AuthenticatorConfigError, Denied, Load, Question
 from pgauthproxy.auth.targets import ReadTargets, Target
+from pgauthproxy.auth.turns import Turns
 from pgauthproxy.errors import AuthenticatorFault
 from pgauthproxy.events import Noticed, Sink
 from pgauthproxy.net.tls import TlsConfigError, verifying_context
@@ -104,7 +105,7 @@ class LdapAuthenticator:
         self._context = _context(policy)
         _check(policy, self._rules, targets)
         self._name_attribute = _name_attribute(policy)
-        self._places = asyncio.Semaphore(policy.max_parallel)
+        self._turns = Turns(policy.max_parallel)
         self._kept: list[tuple[Connection, float]] = []
         self._down_until: dict[Server, float] = {}
         self._closed = False
@@ -124,7 +125,7 @@ class LdapAuthenticator:
             raise Denied("name or password is not UTF-8") from None
         if not password:
             raise Denied("empty password")
-        async with self._places:
+        async with self._turns:
             try:
                 return await self._decide(started, name, password)
             except DirectoryError as error:
@@ -146,6 +147,9 @@ class LdapAuthenticator:
         self._closed = True
         while self._kept:
             self._kept.pop()[0].close()
+
+    def load(self) -> list[Load]:
+        return [self._turns.load("ldap")]
 
     async def _decide(self, started: Started, name: str, password: str) -> Mapping:
         """Raises Denied and DirectoryError."""

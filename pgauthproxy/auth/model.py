@@ -79,12 +79,12 @@ class Load(msgspec.Struct, frozen=True):
 
 @runtime_checkable
 class Busy(Protocol):
-    """An authenticator whose questions may have to wait."""
+    """An authenticator that says how busy it is, as all do that settings can name."""
 
     def load(self) -> list[Load]:
         """Its own, or those of the authenticators that it stands round."""
 
 
 def load_of(authenticator: Authenticator) -> list[Load]:
-    """Empty for one that answers at once."""
+    """Empty for one that does not say."""
     return authenticator.load() if isinstance(authenticator, Busy) else []

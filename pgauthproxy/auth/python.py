@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any, Final
 
 from pgauthproxy.auth.calls import CallLimits, Calls, Function, Notice, Tasks, Threads
-from pgauthproxy.auth.model import AuthenticatorConfigError, Question
+from pgauthproxy.auth.model import AuthenticatorConfigError, Load, Question
 from pgauthproxy.authenticator import Runnable
 from pgauthproxy.authoring import what_failed
 from pgauthproxy.events import Noticed
@@ -108,6 +108,8 @@ class PythonAuthenticator:
         self._limits = limits
         self._notice = notice
         self._calls: Calls | None = None
+        self._replaced: set[Calls] = set()
+        """Of functions as they were before a reload, with calls under way."""
 
     async def start(self) -> None:
         self._calls = self._calls_of(self._function)
@@ -128,9 +130,17 @@ class PythonAuthenticator:
         old, self._calls = self._calls, self._calls_of(function)
         self._notice(Noticed("info", "authenticator loaded anew", (("callable", self._name),)))
         if old is not None:
-            await old.finish()
+            self._replaced.add(old)
+            try:
+                await old.finish()
+            finally:
+                self._replaced.remove(old)
 
     async def close(self) -> None:
         if self._calls is not None:
             await self._calls.close()
             self._calls = None
+
+    def load(self) -> list[Load]:
+        loads = [calls.load() for calls in (self._calls, *self._replaced) if calls is not None]
+        return [Load("python", sum(load.running for load in loads), sum(load.queued for load in loads))]

@@ -12,9 +12,10 @@ from typing import Any, Final, TypeGuard
 
 import msgspec
 
-from pgauthproxy.auth.model import Authenticator, Question
+from pgauthproxy.auth.model import Authenticator, Load, Question, load_of
 from pgauthproxy.auth.vault_client import (
     FIRST_WAIT,
+    PARALLEL,
     RENEW_AFTER,
     VaultClient,
     VaultError,
@@ -140,6 +141,11 @@ class VaultAuthenticator:
         policy, context = await asyncio.to_thread(read)
         await self._inner.reload()
         await self._client.replace(policy, context)
+
+    def load(self) -> list[Load]:
+        """That of the authenticator inside, and the credentials that are being borrowed."""
+        running = min(len(self._borrowing), PARALLEL)
+        return [*load_of(self._inner), Load("vault", running, len(self._borrowing) - running)]
 
     async def close(self) -> None:
         await self._inner.close()

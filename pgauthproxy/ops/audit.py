@@ -36,12 +36,12 @@ from pgauthproxy.events import (
     Reloading,
     Sink,
 )
+from pgauthproxy.ops.later import Later
 from pgauthproxy.ops.log import admin_facts, cancel_facts, end_facts, login_facts, refusal_facts
 from pgauthproxy.ops.outlets import Outlet
 
 MAX_WAITING_BYTES: Final = 1 << 20
 """Lines that wait for a reader who is slow; more are lost."""
-RETRY_SECONDS: Final = 0.2
 COMPLAIN_SECONDS: Final = 60.0
 DELETE: Final = 0x7F
 
@@ -60,6 +60,7 @@ class _Entry(NamedTuple):
 
     text: bytes
     stands_for: int
+    tells_of_loss: bool = False
 
 
 END_OF_BROKEN_LINE: Final = _Entry(b"\n", 0)
@@ -83,6 +84,9 @@ class AuditSink:
         self._begun = 0
         """Bytes of the first entry that are written already."""
         self._lost = 0
+        """Lines that are missing and that no line tells of yet."""
+        self.lost_in_all = 0
+        """Lines that are missing, whether any tells of them or not."""
         self._is_broken = False
         """Whether the last line in the outlet is a part of one that was lost."""
         self._trouble = ""
@@ -91,7 +95,12 @@ class AuditSink:
         """Whether that was said."""
         self._complained_at = -COMPLAIN_SECONDS
         self._flush_planned = False
-        self._retry: asyncio.TimerHandle | None = None
+        self._later = Later(self.flush)
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether it could not be written when that was last tried."""
+        return self._trouble != ""
 
     def open(self) -> None:
         """Raises OSError."""
@@ -146,7 +155,7 @@ class AuditSink:
             except BlockingIOError:
                 self._trouble = "nobody reads it"
                 self._tell_trouble()
-                self._flush_later()
+                self._later.plan()
                 return
             except OSError as error:
                 if error.errno != errno.EMSGSIZE:
@@ -225,7 +234,7 @@ class AuditSink:
             self._append(END_OF_BROKEN_LINE)
             self._is_broken = False
         if self._lost:
-            self._append(_Entry(self._line("lost", {"lines": self._lost}), self._lost))
+            self._append(_Entry(self._line("lost", {"lines": self._lost}), self._lost, tells_of_loss=True))
             self._lost = 0
 
     def _append(self, entry: _Entry) -> None:
@@ -273,17 +282,23 @@ class AuditSink:
         self._begun = taken
 
     def _lose(self, entry: _Entry) -> None:
-        self._lost += entry.stands_for
+        self._count_lost(entry)
         self._trouble = self._trouble or "a line is too long"
         self._tell_trouble()
 
     def _lose_all(self, error: OSError) -> None:
         self._is_broken = self._is_broken or self._begun > 0 or END_OF_BROKEN_LINE in self._waiting
-        self._lost += sum(entry.stands_for for entry in self._waiting)
+        for entry in self._waiting:
+            self._count_lost(entry)
         self._waiting.clear()
         self._waiting_bytes = self._begun = 0
         self._trouble = error.strerror or type(error).__name__
         self._tell_trouble()
+
+    def _count_lost(self, entry: _Entry) -> None:
+        self._lost += entry.stands_for
+        if not entry.tells_of_loss:
+            self.lost_in_all += entry.stands_for
 
     def _tell_trouble(self) -> None:
         """Complains, now and then."""
@@ -296,26 +311,12 @@ class AuditSink:
 
     def _flush_soon(self) -> None:
         """Writes in this turn of the loop, with whatever else it brings."""
-        if self._waiting and not self._flush_planned and self._retry is None:
+        if self._waiting and not self._flush_planned and not self._later.is_planned:
             self._flush_planned = True
             asyncio.get_running_loop().call_soon(self._flush_as_planned)
 
     def _flush_as_planned(self) -> None:
         self._flush_planned = False
-        self.flush()
-
-    def _flush_later(self) -> None:
-        if self._retry is not None:
-            return
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            # Before or after the loop's life: the next line tries again.
-            return
-        self._retry = loop.call_later(RETRY_SECONDS, self._try_again)
-
-    def _try_again(self) -> None:
-        self._retry = None
         self.flush()
 
 

@@ -34,6 +34,7 @@ from pgauthproxy.errors import (
 )
 from pgauthproxy.events import Cancelled, Ended, Event, LoggedIn, Refused, TargetFailed
 from pgauthproxy.gateway.session import Gateway, Session
+from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import printable
 from pgauthproxy.ops.snapshot import (
     MAX_REFUSALS,
@@ -98,9 +99,10 @@ def counted_as(fault: Fault) -> str:
 class Counts:
     """A sink that counts; `snapshot` says what it has counted and what is there. `name` is the process's."""
 
-    def __init__(self, name: str = "0") -> None:
+    def __init__(self, name: str = "0", audit: AuditSink | None = None) -> None:
         self._name = name
         self.histograms = Histograms()
+        self._audit = audit
         self._version = version()
         self._started = time.time()
         self._accepted = 0
@@ -216,6 +218,8 @@ class Counts:
             bytes_from_client=told[0],
             bytes_from_target=told[1],
             histograms=self.histograms.merge(Histograms()),
+            audit_lost=self._audit.lost_in_all if self._audit is not None else 0,
+            audit_failing=self._audit is not None and self._audit.is_failing,
             authenticator_failures=self._authenticator_failures,
             authenticators=[
                 AuthenticatorRow(load.kind, load.running, load.queued, load.processes)

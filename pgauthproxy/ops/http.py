@@ -1,7 +1,8 @@
 """A small HTTP/1.1 server for operators: every size, number and time of it is bounded, and so is what it costs.
 
 It shares the event loop with logins, so that a flood of its port must not reach them: connections are accepted and
-requests answered at a pace, one by one, and whoever says nothing makes way when all places are taken.
+requests answered at a pace, one by one, and whoever says nothing, or takes no answer, makes way when all places are
+taken.
 """
 
 import asyncio
@@ -137,7 +138,7 @@ class HttpServer:
         self._accepting: list[asyncio.Task[None]] = []
         self._connections: set[asyncio.Task[None]] = set()
         self._waiting: dict[asyncio.Task[None], None] = {}
-        """Those that have no request in hand, the longest so first."""
+        """Those of which something is waited for, a request or that they take an answer, the longest so first."""
         self._accepts = Pace(ACCEPTS_A_SECOND)
         self._requests = Pace(REQUESTS_A_SECOND)
 
@@ -211,7 +212,8 @@ class HttpServer:
 
     @staticmethod
     def _is_stuck(writer: asyncio.StreamWriter) -> bool:
-        return writer.transport.get_write_buffer_size() > 0
+        # One that was reset knows no size any more.
+        return not writer.is_closing() and writer.transport.get_write_buffer_size() > 0
 
     async def _answer_one(
         self,
@@ -228,18 +230,18 @@ class HttpServer:
                 request = await self._read(reader, local=local)
         except BadRequestError as error:
             response = Response(error.status, f"{error.status.phrase}\n".encode())
-            await self._write(writer, head_of(response, close=True) + response.body)
+            await self._write(writer, head_of(response, close=True) + response.body, task)
             return False
         self._waiting.pop(task, None)
         await self._requests.turn()
         response = await self._handler(msgspec.structs.replace(request, address=address))
         keep = response.stream is None and "close" not in request.headers.get("connection", "").lower()
         head = head_of(response, close=not keep)
-        await self._write(writer, head if request.method == "HEAD" else head + response.body)
+        await self._write(writer, head if request.method == "HEAD" else head + response.body, task)
         if response.stream is not None and request.method != "HEAD":
             async with contextlib.aclosing(response.stream) as stream:
                 async for chunk in stream:
-                    await self._write(writer, chunk)
+                    await self._write(writer, chunk, task)
         return keep
 
     @staticmethod
@@ -253,8 +255,15 @@ class HttpServer:
             request = msgspec.structs.replace(request, body=await reader.readexactly(length))
         return request
 
-    @staticmethod
-    async def _write(writer: asyncio.StreamWriter, data: bytes) -> None:
+    async def _write(self, writer: asyncio.StreamWriter, data: bytes, task: asyncio.Task[None]) -> None:
+        if writer.is_closing():
+            # It was reset meanwhile, and cannot even be written to.
+            raise ConnectionResetError
         writer.write(data)
-        async with asyncio.timeout(WRITE_SECONDS):
-            await writer.drain()
+        if self._is_stuck(writer):
+            self._waiting[task] = None
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await writer.drain()
+        finally:
+            self._waiting.pop(task, None)

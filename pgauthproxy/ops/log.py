@@ -33,13 +33,13 @@ from pgauthproxy.events import (
     Noticed,
     Refused,
 )
+from pgauthproxy.ops.later import Later
 from pgauthproxy.stages import Started
 
 MAX_VALUE: Final = 256
 """Bytes of one value in UTF-8; longer ones are cut. A line of them all must fit PIPE_BYTES, quoted."""
 MAX_WAITING: Final = 10_000
 """Lines that wait for a reader of standard error."""
-RETRY_SECONDS: Final = 0.2
 LATE_SECONDS: Final = 0.02
 """How long lines may wait for others to be written with them."""
 # POSIX promises that a pipe that polls writable takes this many bytes without blocking.
@@ -76,7 +76,7 @@ class LineWriter:
         self._dropped_line = dropped_line
         self._waiting: deque[bytes] = deque()
         self._dropped = 0
-        self._retry: asyncio.TimerHandle | None = None
+        self._later = Later(self.flush)
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
@@ -93,7 +93,7 @@ class LineWriter:
         """Writes what the reader takes now, and sees to the rest later."""
         while self._waiting or self._dropped:
             if not self._poll.poll(0):
-                self._try_later()
+                self._later.plan()
                 return
             if not self._waiting:
                 self._waiting.append(self._dropped_line(self._dropped).encode() + b"\n")
@@ -103,7 +103,7 @@ class LineWriter:
                 os.write(self._descriptor, chunk)
             except BlockingIOError:
                 self._waiting.appendleft(chunk)
-                self._try_later()
+                self._later.plan()
                 return
             except OSError:
                 # The reader is gone for good, and with it the one place where this could be said.
@@ -116,20 +116,6 @@ class LineWriter:
         while self._waiting and len(chunk) + len(self._waiting[0]) <= PIPE_BYTES:
             chunk += self._waiting.popleft()
         return chunk
-
-    def _try_later(self) -> None:
-        if self._retry is not None:
-            return
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            # Before or after the loop's life: the next line tries again.
-            return
-        self._retry = loop.call_later(RETRY_SECONDS, self._try_again)
-
-    def _try_again(self) -> None:
-        self._retry = None
-        self.flush()
 
 
 def render_text(_logger: object, level: str, fields: MutableMapping[str, Any]) -> str:

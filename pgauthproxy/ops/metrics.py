@@ -53,6 +53,10 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     yield _gauge("start_time_seconds", "When counting began, in seconds since the epoch", snapshot.started)
     yield _gauge("draining", "1 once nobody new is accepted and sessions are to end", snapshot.draining)
     yield _gauge("logins_paused", "1 while new logins are held (PAUSE)", snapshot.paused)
+    yield _gauge("audit_failing", "1 while the audit log cannot be written", snapshot.audit_failing)
+    lost = CounterMetricFamily("pgauthproxy_audit_lost_lines", "Lines that are missing in the audit log")
+    lost.add_metric([], snapshot.audit_lost)
+    yield lost
     yield from _logins(snapshot)
     yield from _traffic(snapshot)
     yield from _targets(snapshot)

@@ -197,6 +197,8 @@ class Snapshot(msgspec.Struct):
     bytes_from_client: int = 0
     bytes_from_target: int = 0
     histograms: Histograms = msgspec.field(default_factory=Histograms)
+    audit_lost: int = 0
+    audit_failing: bool = False
     authenticator_failures: int = 0
     authenticators: list[AuthenticatorRow] = []
     targets: list[TargetRow] = []
@@ -226,6 +228,8 @@ class Snapshot(msgspec.Struct):
             bytes_from_client=self.bytes_from_client + other.bytes_from_client,
             bytes_from_target=self.bytes_from_target + other.bytes_from_target,
             histograms=self.histograms.merge(other.histograms),
+            audit_lost=self.audit_lost + other.audit_lost,
+            audit_failing=self.audit_failing or other.audit_failing,
             authenticator_failures=self.authenticator_failures + other.authenticator_failures,
             authenticators=_merge_authenticators(self.authenticators, other.authenticators),
             targets=_merge_targets([*self.targets, *other.targets]),
@@ -244,6 +248,7 @@ class Snapshot(msgspec.Struct):
             paused=False,
             open=0,
             logging_in=0,
+            audit_failing=False,
             authenticators=[],
             targets=[msgspec.structs.replace(row, sessions=0) for row in self.targets],
             sessions=[],

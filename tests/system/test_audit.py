@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import stat
@@ -17,7 +16,7 @@ import psycopg
 import pytest
 
 from pgauthproxy.throwaway import ThrowawayPostgres
-from tests.conftest import Gateway, StartGateway
+from tests.conftest import StartGateway
 from tests.system.conftest import (
     PASSWORD,
     Run,
@@ -187,49 +186,6 @@ def test_everybody_gets_in_where_it_is_not_required(start_gateway: StartGateway,
     gateway.wait_for("session ended", 5)
     # One complaint a minute is enough.
     assert len(gateway.log_lines("audit cannot be written")) == 1
-
-
-def limit_files(gateway: Gateway, size: int) -> None:
-    """No file of the gateway may grow beyond this size, as on a disk that is full."""
-    _, hard = resource.prlimit(gateway.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(gateway.pid, resource.RLIMIT_FSIZE, (size, hard))
-
-
-@pytest.mark.parametrize("required", [True, False])
-def test_a_disk_that_is_full_for_a_while_leaves_whole_lines_and_their_number(
-    start_gateway: StartGateway, mapped: Path, file: Path, *, required: bool
-) -> None:
-    # Far beyond what the log itself may grow to.
-    file.write_bytes(b"\n" * MEGABYTE)
-    gateway = start_gateway(mapped, audit={"file": str(file), "required": required})
-    assert_serves(gateway.port)
-    wait_until(lambda: lines_of(file, "end"), "the session's end")
-    limit_files(gateway, file.stat().st_size + 100)
-    with RawClient(gateway.port) as client:
-        client.send(startup() + password())
-        client.read_message()
-        if required:
-            assert client.read_fatal() == CANNOT
-        else:
-            client.read_until(b"Z")
-            client.assert_served()
-    gateway.wait_for("refused" if required else "session ended", 1 if required else 2)
-    limit_files(gateway, resource.RLIM_INFINITY)
-    assert_serves(gateway.port)
-    assert gateway.stop() == 0
-    whole, broken = [], []
-    for line in file.read_bytes().split(b"\n"):
-        if line:
-            (whole if line.endswith(b"}") else broken).append(line)
-    assert [len(line) for line in broken] == [100]
-    lines = [json.loads(line) for line in whole]
-    lost = next(number for number, line in enumerate(lines) if line["event"] == "lost")
-    # The numbers tell which are missing.
-    assert lines[lost]["sequence"] - lines[lost]["lines"] == lines[lost - 1]["sequence"] == 3
-    after = [line["sequence"] for line in lines[lost:]]
-    assert after == list(range(after[0], after[0] + len(after)))
-    assert [line["event"] for line in lines[lost + 1 :]] == ["login", "end", "closed"]
-    gateway.wait_for("audit can be written again")
 
 
 # Where else it goes

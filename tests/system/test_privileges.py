@@ -20,9 +20,9 @@ import pytest
 
 from pgauthproxy.throwaway import UNPRIVILEGED_USER, ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway
-from tests.system.conftest import Run, assert_one_clear_line, assert_serves, configure, write_mapped
+from tests.system.conftest import Run, assert_one_clear_line, assert_serves, configure, wait_until, write_mapped
 from tests.tls import HOST, Authority, TlsClient
-from tests.wire import RawClient
+from tests.wire import RawClient, password, startup
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 NOBODY = pwd.getpwnam(UNPRIVILEGED_USER)
@@ -215,3 +215,31 @@ def test_only_root_can_become_another_user(run: Run, script: Path, open_folder: 
     config = configure(open_folder, user=UNPRIVILEGED_USER, authenticator={"cmd": [str(script)]})
     done = run("check", "--config", str(config), before=before)
     assert done.returncode == 0, done
+
+
+# What it leaves behind
+
+
+def core_limits(pid: int) -> list[str]:
+    """How large a core dump of a process may be: soft and hard limit."""
+    (line,) = [line for line in Path(f"/proc/{pid}/limits").read_text().splitlines() if line.startswith("Max core")]
+    return line.split()[4:6]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", ["command", "worker"])
+def test_no_process_of_it_leaves_a_core_dump_in_which_credentials_are(
+    start_gateway: StartGateway, open_folder: Path, workers: int, kind: str
+) -> None:
+    script = open_folder / "authenticator"
+    script.write_text("#!/bin/sh\nsleep 60\n")
+    script.chmod(0o755)
+    before = ["sh", "-c", 'ulimit -c unlimited && exec "$@"', "sh"]
+    gateway = start_gateway(None, before=before, workers=workers, authenticator={"kind": kind, "cmd": [str(script)]})
+    with RawClient(gateway.port) as client:
+        client.send(startup() + password())
+        # The script, and what it has started.
+        least = (1 if workers == 1 else 1 + workers) + 2
+        wait_until(lambda: len(gateway.family) >= least, "the authenticator to run")
+        for pid in gateway.family:
+            assert core_limits(pid) == ["0", "0"], Path(f"/proc/{pid}/cmdline").read_bytes()

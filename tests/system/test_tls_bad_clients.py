@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ class Guarded:
         self.serves()
         # Threads in which handshakes run, and what they hold, are there from here on.
         self._descriptors = gateway.descriptors
+        self._earlier = 0
+        """How many lines of the log are about clients that were refused before the block of `unharmed`."""
+        self._asked_about = Counter[str]()
+        """Addresses of those in the block whose line is known: a port may be used again."""
 
     def serves(self) -> None:
         with TlsClient(self.port, self.known) as client:
@@ -47,8 +52,10 @@ class Guarded:
 
     def reason(self, client: socket.socket | tuple[str, int]) -> str:
         """Why this client, or the one of this address, was refused."""
-        host, port = client.getsockname() if isinstance(client, socket.socket) else client
-        line = self.gateway.wait_for("refused", client=f"{host}:{port}")
+        address = "{}:{}".format(*(client.getsockname() if isinstance(client, socket.socket) else client))
+        known = [line["client"] for line in self.gateway.log_lines("refused")[: self._earlier]].count(address)
+        self._asked_about[address] += 1
+        line = self.gateway.wait_for("refused", known + self._asked_about[address], client=address)
         assert (line["level"], line["fault_of"]) == ("info", "client"), line
         reason: str = line["reason"]
         return reason
@@ -56,6 +63,8 @@ class Guarded:
     @contextlib.contextmanager
     def unharmed(self) -> Iterator[None]:
         """What happens in the block leaves no descriptor and no session, and the next client is served."""
+        self._earlier = len(self.gateway.log_lines("refused"))
+        self._asked_about.clear()
         yield
         wait_until(lambda: self.gateway.descriptors <= self._descriptors, "all descriptors to be closed")
         self.serves()
