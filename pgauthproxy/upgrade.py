@@ -4,8 +4,9 @@ Strategy:
 - The new process reads the settings and starts its authenticator before anything else happens. Until it serves, this
   one can go on as if nothing had been.
 - It gets the listening sockets, so that nobody is refused in between.
-- Then it gets sessions, one by one: both sockets, and what is known of them. One is handed over only while none of its
-  bytes is in this process: what was read has been written. So there is nothing that could be lost or doubled.
+- Then it gets sessions, one by one: both sockets, what is known of them, and what was read from one side and could not
+  be written to the other yet. How much that is, is asked once the transports are closed and write no more. So nothing
+  can be lost or doubled.
 - A session that speaks TLS stays: its keys are in this process's memory. So does one that an observer follows, which
   knows what it is at, and one with a credential on lease, which is given back here. So does a login in progress, until
   it is done.
@@ -40,7 +41,12 @@ GROWTH: Final = 1.2
 """How often is looked for sessions that can be handed over by now."""
 MOST_DESCRIPTORS: Final = 250
 """The kernel passes no more at once."""
-MOST_FRAME: Final = 65_536
+MOST_PACKET: Final = 65_536
+PIECE_BYTES: Final = 32_768
+"""Frames that are longer are sent in pieces: the kernel takes no packet that its buffer does not hold."""
+PIECE: Final = b"\xc1"
+LAST_PIECE: Final = b"\xc0"
+"""What no frame begins with."""
 INT_BYTES: Final = array.array("i").itemsize
 
 
@@ -78,12 +84,26 @@ class Link:
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._connection = connection
+        self._in_pieces = asyncio.Lock()
+        self._pieces = bytearray()
 
     async def send(self, frame: Said, descriptors: Sequence[int] = ()) -> bool:
         """False if the other process is gone."""
+        data = msgspec.msgpack.encode(frame)
+        if len(data) <= PIECE_BYTES:
+            return await self._send(data, descriptors)
+        async with self._in_pieces:
+            for at in range(0, len(data), PIECE_BYTES):
+                piece = data[at : at + PIECE_BYTES]
+                is_last = at + PIECE_BYTES >= len(data)
+                if not await self._send((LAST_PIECE if is_last else PIECE) + piece, descriptors if is_last else ()):
+                    return False
+        return True
+
+    async def _send(self, packet: bytes, descriptors: Sequence[int]) -> bool:
         while True:
             try:
-                socket.send_fds(self._connection, [msgspec.msgpack.encode(frame)], descriptors)
+                socket.send_fds(self._connection, [packet], descriptors)
             except BlockingIOError:
                 loop = asyncio.get_running_loop()
                 await _wait(loop.add_writer, loop.remove_writer, self._connection)
@@ -93,7 +113,7 @@ class Link:
                 return True
 
     def send_now(self, frame: Said) -> bool:
-        """False if it cannot be sent at once."""
+        """False if it cannot be sent at once. It is a short one."""
         try:
             self._connection.send(msgspec.msgpack.encode(frame))
         except OSError:
@@ -102,11 +122,23 @@ class Link:
 
     async def receive(self) -> tuple[Said, list[int]] | None:
         """The next frame with its descriptors; None once the other process is gone."""
+        while (received := await self._receive()) is not None:
+            packet, descriptors = received
+            if packet.startswith(PIECE):
+                self._pieces += packet[1:]
+                continue
+            if packet.startswith(LAST_PIECE):
+                packet = bytes(self._pieces) + packet[1:]
+                self._pieces.clear()
+            return _DECODER.decode(packet), descriptors
+        return None
+
+    async def _receive(self) -> tuple[bytes, list[int]] | None:
         while True:
             try:
                 # Not socket.recv_fds, which loses the flag: authenticators would inherit what it has received.
-                data, ancillary, _, _ = self._connection.recvmsg(
-                    MOST_FRAME, socket.CMSG_SPACE(MOST_DESCRIPTORS * INT_BYTES), socket.MSG_CMSG_CLOEXEC
+                packet, ancillary, _, _ = self._connection.recvmsg(
+                    MOST_PACKET, socket.CMSG_SPACE(MOST_DESCRIPTORS * INT_BYTES), socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 loop = asyncio.get_running_loop()
@@ -117,7 +149,7 @@ class Link:
                 descriptors = array.array("i")
                 for _, _, passed in ancillary:
                     descriptors.frombytes(passed)
-                return (_DECODER.decode(data), list(descriptors)) if data else None
+                return (packet, list(descriptors)) if packet else None
 
     def close(self) -> None:
         self._connection.close()
@@ -247,18 +279,23 @@ def _collect_later(pid: int) -> None:
 
 async def hand_over_sessions(gateway: Gateway, link: Link, sink: Sink) -> None:
     """Hands over all sessions that can be, some of them later; returns when there are none, or no successor."""
+
+    async def send(session: HandedOver, descriptors: tuple[int, int]) -> bool:
+        return await link.send(TakeSession(session), descriptors)
+
     pause = FIRST_PAUSE_SECONDS
     while gateway.sessions:
         count = 0
         for session in list(gateway.sessions):
-            if (handed := session.hand_over()) is None:
+            if not session.can_move:
                 continue
-            state, client, target = handed
-            is_sent = await link.send(TakeSession(state), [client.fd, target.fd])
-            client.transport.abort()
-            target.transport.abort()
+            try:
+                is_sent = await session.hand_over(send)
+            except OSError:
+                # No descriptor is free at the moment.
+                break
             if not is_sent:
-                sink(Noticed("error", "session lost: the new process is gone", (("session", f"{state.number:x}"),)))
+                sink(Noticed("error", "session lost: the new process is gone", (("session", session.id),)))
                 return
             count += 1
         if count:

@@ -5,7 +5,9 @@ coroutine and no task lives on. Step 9 is `_close`, the one door out of a sessio
 """
 
 import asyncio
+import contextlib
 import functools
+import os
 import secrets
 import socket
 import time
@@ -33,7 +35,7 @@ from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
 from pgauthproxy.gateway.console import NO_USER, Admin, Console, uid_of_peer
-from pgauthproxy.gateway.leg import Leg
+from pgauthproxy.gateway.leg import TakenUpLeg
 from pgauthproxy.gateway.limits import Limits, Place
 from pgauthproxy.gateway.paused import PausedClients
 from pgauthproxy.gateway.rules import LEAST_WAIT, Breach, SessionRules, Watch
@@ -121,7 +123,10 @@ class Identity(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HandedOver(msgspec.Struct, frozen=True):
-    """A session on its way to another process. `client` and `target`: bytes received, and the last of them."""
+    """A session on its way to another process.
+
+    Of each side: how many bytes were received, the last of them, and what is still to be sent to it.
+    """
 
     number: int
     identity: bytes
@@ -130,8 +135,13 @@ class HandedOver(msgspec.Struct, frozen=True):
     cancel_key: bytes
     target_key: bytes
     reached: Address
-    client: tuple[int, bytes]
-    target: tuple[int, bytes]
+    client: tuple[int, bytes, bytes]
+    target: tuple[int, bytes, bytes]
+
+
+SendHandedOver = Callable[[HandedOver, tuple[int, int]], Awaitable[bool]]
+"""Sends it to the other process with the descriptors of the client's connection and the target's; False if that one is
+gone."""
 
 
 class Session:
@@ -152,6 +162,7 @@ class Session:
         "_gateway",
         "_identity",
         "_lease",
+        "_left",
         "_place",
         "_reason",
         "_started",
@@ -194,6 +205,8 @@ class Session:
         self._place: Place | None = None
         self._identity = b""
         self._lease: Lease | None = None
+        self._left: asyncio.Future[None] | None = None
+        """Done once both ends have left, for another process to go on."""
         self.cancel_key = b""
         self.cancelling = False
         self.target_key = b""
@@ -481,38 +494,52 @@ class Session:
         else:
             self._timer = asyncio.get_running_loop().call_later(found, self._keep_watch)
 
-    def hand_over(self) -> "tuple[HandedOver, _relay.End, _relay.End] | None":
-        """Ends the session here, so that another process may go on with it: what that must know, and the two ends.
-
-        Their connections are to be dropped here once the other process has them. None, and nothing has happened, for a
-        session that cannot be handed over: one that speaks TLS, is followed by an observer, has a credential on lease,
-        or has bytes which are on their way.
-        """
+    @property
+    def can_move(self) -> bool:
+        """Whether another process could go on with it: not with one that speaks TLS, is followed by an observer, or has
+        a credential on lease, nor while its cancel request is on its way."""
         client, target = self._client_end, self._target_end
         if client is None or target is None or self._reason is not None or self.cancelling:
-            return None
+            return False
         if self._lease is not None or isinstance(client, _relay.ObservedEnd):
-            return None
-        if not (client.is_at_rest and target.is_at_rest):
-            return None
-        client.leave()
-        target.leave()
-        handed = HandedOver(
-            number=self.number,
-            identity=self._identity,
-            began=self._began,
-            seconds_left=self._timer.when() - asyncio.get_running_loop().time() if self._timer is not None else None,
-            cancel_key=self.cancel_key,
-            target_key=self.target_key,
-            reached=self.reached,
-            client=(client.received, client.tail),
-            target=(target.received, target.tail),
-        )
-        self._reason = CloseReason.HANDED_OVER
+            return False
+        return client.can_leave and target.can_leave
+
+    async def hand_over(self, send: SendHandedOver) -> bool:
+        """Ends the session here, so that another process may go on with it. False if that process is gone.
+
+        It `can_move`.
+        """
+        client, target = self._client_end, self._target_end
+        assert client is not None  # noqa: S101 (it can move)
+        assert target is not None  # noqa: S101 (it can move)
+        with contextlib.ExitStack() as kept:
+            descriptors = []
+            for end in (client, target):
+                descriptors.append(os.dup(end.fd))
+                kept.callback(os.close, descriptors[-1])
+            self._reason = CloseReason.HANDED_OVER
+            self._left = asyncio.get_running_loop().create_future()
+            client.leave()
+            target.leave()
+            await self._left
+            handed = HandedOver(
+                number=self.number,
+                identity=self._identity,
+                began=self._began,
+                seconds_left=self._timer.when() - asyncio.get_running_loop().time() if self._timer else None,
+                cancel_key=self.cancel_key,
+                target_key=self.target_key,
+                reached=self.reached,
+                client=(client.received, client.tail, client.unsent),
+                target=(target.received, target.tail, target.unsent),
+            )
+            is_sent = await send(handed, (descriptors[0], descriptors[1]))
+        # Not before: until the other process knows them, cancel requests are for this one.
         self._gateway.keys.forget(self.cancel_key)
         self._client_end = self._target_end = None
         self._over()
-        return handed, client, target
+        return is_sent
 
     @classmethod
     async def take_up(
@@ -527,7 +554,7 @@ class Session:
         self.cancel_key, self.target_key, self.reached = handed.cancel_key, handed.target_key, handed.reached
         gateway.keys.take_up(self)
         buffer = gateway.targets.buffer
-        legs = Leg(client, buffer), Leg(target, buffer)
+        legs = TakenUpLeg(client, buffer), TakenUpLeg(target, buffer)
         try:
             client_transport, target_transport = await legs[0].open(), await legs[1].open()
         except OSError:
@@ -539,12 +566,13 @@ class Session:
             return
         self._client_end = _relay.End(self, client_transport, legs[0].fd, False, buffer)
         self._target_end = _relay.End(self, target_transport, legs[1].fd, True, buffer)
+        (_, client_rest, _), (_, target_rest, _) = (leg.hand_over() for leg in legs)
+        _relay.join(self._client_end, self._target_end)
         self._client_end.take_up(*handed.client)
         self._target_end.take_up(*handed.target)
-        (_, client_rest, client_at_eof), (_, target_rest, target_at_eof) = (leg.hand_over() for leg in legs)
-        _relay.join(self._client_end, self._target_end)
-        self._target_end.start(target_rest, target_at_eof)
-        self._client_end.start(client_rest, client_at_eof)
+        # An end of file is read again, once what came before it is gone.
+        self._target_end.start(target_rest, False)
+        self._client_end.start(client_rest, False)
         if handed.seconds_left is not None:
             rules = SessionRules(max_session_seconds=max(LEAST_WAIT, handed.seconds_left))
             self._watch = Watch(rules, time.monotonic(), None)
@@ -556,7 +584,12 @@ class Session:
         self._close(CloseReason.CLIENT_CLOSED if self._client_end.has_finished else CloseReason.TARGET_CLOSED)
 
     def end_lost(self, end: _relay.End, error: Exception | None) -> None:
-        """A connection is gone for good: an `End` reports it."""
+        """A connection is gone for good, or has left: an `End` reports it."""
+        self._ends_lost += 1
+        if self._left is not None:
+            if self._ends_lost == 2:
+                self._left.set_result(None)
+            return
         if self._client_end is not None and self._client_end.has_finished:
             # A target that was told good-bye may close with our own still on its way, which looks like a reset.
             reason, error = CloseReason.CLIENT_CLOSED, None
@@ -565,7 +598,6 @@ class Session:
         else:
             reason = CloseReason.CLIENT_LOST if error else CloseReason.CLIENT_CLOSED
         self._close(reason, str(error or ""))
-        self._ends_lost += 1
         client_end, target_end = self._client_end, self._target_end
         if self._ends_lost < 2 or client_end is None or target_end is None or self._reason is None:
             return

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import random
+import select
 import signal
 import socket
 import ssl
@@ -34,6 +36,7 @@ from tests.wire import (
     password,
     proxy_v1,
     query,
+    read_exactly,
     startup,
 )
 
@@ -54,7 +57,7 @@ class Upgradable:
     def upgrade(self) -> None:
         count = len(self.pids)
         os.kill(self.pids[-1], signal.SIGUSR2)
-        self.gateway.wait_for(SUCCEEDED, count)
+        wait_until(lambda: len(self.pids) > count, "another process to have succeeded")
 
     def wait_until_moved(self) -> None:
         """Until the latest process is the only one."""
@@ -328,7 +331,7 @@ def test_not_one_byte_is_lost_or_doubled_either_way(
     for number in range(count):
         expected.update(struct.pack("!I", number) + block)
     with ScriptedTarget(speak) as target:
-        upgradable = start_upgradable(authenticator(f"echo _META_TARGET_HOST=127.0.0.1:{target.port}; echo user=x"))
+        upgradable = start_before(start_upgradable, authenticator, target)
         with RawClient(upgradable.port) as client:
             client.log_in()
             pouring = threading.Thread(target=pour, args=(client.socket,))
@@ -350,6 +353,151 @@ def test_not_one_byte_is_lost_or_doubled_either_way(
     assert len(upgradable.gateway.log_lines("sessions handed over")) > 1
     assert seen.hexdigest() == expected.hexdigest()
     assert received.hexdigest() == expected.hexdigest()
+
+
+FLOOD_BYTES = 16 << 20
+"""More than the kernel's buffers and the gateway's take between a sender and one who does not read."""
+STUCK_SECONDS = 0.3
+
+
+class Pouring:
+    """Sends more than anybody takes who does not read, in a thread; `is_stuck` once no more of it goes."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.sent = random.Random(connection.fileno()).randbytes(FLOOD_BYTES)
+        self.is_stuck = threading.Event()
+        self._connection = connection
+        self._thread = threading.Thread(target=self._pour)
+        self._thread.start()
+
+    def _pour(self) -> None:
+        rest = memoryview(self.sent)
+        while rest and select.select([], [self._connection], [], STUCK_SECONDS)[1]:
+            rest = rest[self._connection.send(rest[:65536], socket.MSG_DONTWAIT) :]
+        if rest:
+            self.is_stuck.set()
+            self._connection.sendall(rest)
+
+    def wait(self) -> None:
+        self._thread.join(WAIT_SECONDS)
+
+
+class UnreadTarget(ScriptedTarget):
+    """A target that pours, reads nothing before it is told to, and then so much as a flood has; or that does not pour,
+    and reads to the end of file first. `read` is that."""
+
+    def __init__(self, *, pours: bool = False, reads_to_end: bool = False) -> None:
+        super().__init__(self._speak)
+        self.pouring: Pouring | None = None
+        self.may_read = threading.Event()
+        self.read = b""
+        self._pours = pours
+        self._reads_to_end = reads_to_end
+
+    def _speak(self, connection: socket.socket) -> None:
+        greet(connection)
+        if self._reads_to_end:
+            self.read = read_exactly(connection, FLOOD_BYTES)
+        if self._pours:
+            self.pouring = Pouring(connection)
+        assert self.may_read.wait(WAIT_SECONDS)
+        if not self._reads_to_end:
+            self.read = read_exactly(connection, FLOOD_BYTES)
+        if self.pouring is not None:
+            self.pouring.wait()
+
+    def is_stuck(self) -> bool:
+        return self.pouring is not None and self.pouring.is_stuck.is_set()
+
+
+def start_before(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator, target: ScriptedTarget, **settings: Any
+) -> Upgradable:
+    """A gateway whose authenticator names this target."""
+    return start_upgradable(authenticator(f"echo _META_TARGET_HOST=127.0.0.1:{target.port}; echo user=x"), **settings)
+
+
+def move_twice(upgradable: Upgradable) -> None:
+    for _ in range(2):
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+
+
+def test_a_session_whose_client_does_not_read_moves_with_what_it_is_owed(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator
+) -> None:
+    with UnreadTarget(pours=True) as target:
+        upgradable = start_before(start_upgradable, authenticator, target)
+        with RawClient(upgradable.port) as client:
+            client.log_in()
+            wait_until(target.is_stuck, "the target to be stuck")
+            move_twice(upgradable)
+            assert target.pouring is not None
+            assert read_exactly(client.socket, FLOOD_BYTES) == target.pouring.sent
+            sending = Pouring(client.socket)
+            target.may_read.set()
+            sending.wait()
+            assert client.read_to_end() == b""
+        wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
+        assert target.read == sending.sent
+
+
+def test_a_session_whose_target_does_not_read_moves_with_what_it_is_owed(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator
+) -> None:
+    with UnreadTarget() as target:
+        upgradable = start_before(start_upgradable, authenticator, target)
+        with RawClient(upgradable.port) as client:
+            client.log_in()
+            pouring = Pouring(client.socket)
+            assert pouring.is_stuck.wait(WAIT_SECONDS)
+            move_twice(upgradable)
+            target.may_read.set()
+            pouring.wait()
+            assert client.read_to_end() == b""
+        wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
+        (ended,) = upgradable.gateway.log_lines("session ended")
+        assert (ended["why"], ended["bytes_from_client"]) == ("target closed", FLOOD_BYTES)
+        assert target.read == pouring.sent
+
+
+def test_a_session_in_which_nobody_reads_moves_with_what_both_are_owed(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator
+) -> None:
+    with UnreadTarget(pours=True) as target:
+        upgradable = start_before(start_upgradable, authenticator, target, buffer_size=1 << 20)
+        with RawClient(upgradable.port) as client:
+            client.log_in()
+            pouring = Pouring(client.socket)
+            assert pouring.is_stuck.wait(WAIT_SECONDS)
+            wait_until(target.is_stuck, "the target to be stuck too")
+            move_twice(upgradable)
+            target.may_read.set()
+            assert target.pouring is not None
+            assert read_exactly(client.socket, FLOOD_BYTES) == target.pouring.sent
+            pouring.wait()
+            assert client.read_to_end() == b""
+        assert target.read == pouring.sent
+
+
+def test_a_half_closed_session_moves_and_gets_all_of_its_answer(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator
+) -> None:
+    with UnreadTarget(pours=True, reads_to_end=True) as target:
+        upgradable = start_before(start_upgradable, authenticator, target)
+        with RawClient(upgradable.port) as client:
+            client.log_in()
+            client.send(query("select 42"))
+            client.socket.shutdown(socket.SHUT_WR)
+            wait_until(target.is_stuck, "the target to be stuck")
+            assert target.read == query("select 42")
+            move_twice(upgradable)
+            target.may_read.set()
+            assert target.pouring is not None
+            assert read_exactly(client.socket, FLOOD_BYTES) == target.pouring.sent
+            assert client.read_to_end() == b""
+        wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
+        assert upgradable.gateway.log_lines("session ended")[0]["why"] == "client closed"
 
 
 def test_transactions_go_on_through_ten_upgrades(upgradable: Upgradable, postgres: ThrowawayPostgres) -> None:
