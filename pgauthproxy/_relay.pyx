@@ -410,6 +410,11 @@ cdef class ObservedEnd(End):
         self._observer = observer
 
     @property
+    def observer(self):
+        """Who follows it."""
+        return self._observer
+
+    @property
     def at_message_boundary(self):
         """Whether the last message that was read from here was whole."""
         return self._observer.is_between(self.faces_target)

@@ -7,9 +7,9 @@ Strategy:
 - Then it gets sessions, one by one: both sockets, what is known of them, and what was read from one side and could not
   be written to the other yet. How much that is, is asked once the transports are closed and write no more. So nothing
   can be lost or doubled.
-- A session that speaks TLS stays: its keys are in this process's memory. So does one that an observer follows, which
-  knows what it is at, and one with a credential on lease, which is given back here. So does a login in progress, until
-  it is done.
+- What an observer knows of a session goes along, be it in the middle of a message.
+- A session that speaks TLS stays: its keys are in this process's memory. So does one with a credential on lease, which
+  is given back here, and a login in progress, until it is done.
   This process lives for as long as it has any, and as long as that which it has itself taken over from.
 - A cancel request goes to whichever of the two has the session.
 """

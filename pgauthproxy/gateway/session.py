@@ -35,10 +35,10 @@ from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
 from pgauthproxy.gateway.console import NO_USER, Admin, Console, uid_of_peer
-from pgauthproxy.gateway.leg import TakenUpLeg
+from pgauthproxy.gateway.leg import Leg, TakenUpLeg
 from pgauthproxy.gateway.limits import Limits, Place
 from pgauthproxy.gateway.paused import PausedClients
-from pgauthproxy.gateway.rules import LEAST_WAIT, Breach, SessionRules, Watch
+from pgauthproxy.gateway.rules import Breach, SessionRules, Watch, Watched
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.console import Statement, serve
@@ -131,12 +131,16 @@ class HandedOver(msgspec.Struct, frozen=True):
     number: int
     identity: bytes
     began: float
-    seconds_left: float | None
     cancel_key: bytes
     target_key: bytes
     reached: Address
     client: tuple[int, bytes, bytes]
     target: tuple[int, bytes, bytes]
+    watched: Watched | None = None
+    observed: bytes | None = None
+    """What its observer knows, if it has one."""
+    is_audited: bool = False
+    """Whether what the client says is recorded."""
 
 
 SendHandedOver = Callable[[HandedOver, tuple[int, int]], Awaitable[bool]]
@@ -437,16 +441,16 @@ class Session:
         self.reached, self.reached_tls = attached.reached, target.plan
         self.target_key = attached.greeting.key
         rules = gateway.rules.for_mapping(attached.granted.mapping)
-        observer = self._observer(rules)
+        observer = self._observer(rules, is_audited=True)
         self._client_end = self._end(client_transport, client, observer, faces_target=False)
-        watched = observer if rules.limit_idling else None
-        self._target_end = self._end(target_transport, target, watched, faces_target=True)
+        followed = observer if rules.limit_idling else None
+        self._target_end = self._end(target_transport, target, followed, faces_target=True)
         self._client_end.send(client_login.welcome(attached, gateway.keys.issue(self, minor)))
         _relay.join(self._client_end, self._target_end)
         self._target_end.start(target_rest, target_at_eof)
         self._client_end.start(client_rest, client_at_eof)
         if rules.limit_anything:
-            self._watch = Watch(rules, time.monotonic(), watched)
+            self._watch = Watch(rules, time.monotonic(), followed)
             self._keep_watch()
         started, mapping = attached.granted.started, attached.granted.mapping
         identity = Identity(
@@ -469,15 +473,15 @@ class Session:
     def _lease_ended(self) -> None:
         self.end(CloseReason.LEASE_ENDED, b"terminating connection: the lease of its credential has ended")
 
-    def _observer(self, rules: SessionRules) -> Observer | None:
-        """Who follows this session, if anybody has to."""
-        statements = self._gateway.statements
+    def _observer(self, rules: SessionRules, *, is_audited: bool) -> Observer | None:
+        """Who follows this session, if anybody has to. `is_audited`: so are all, if the gateway records statements."""
+        statements = self._gateway.statements if is_audited else None
         if statements is not None:
             return Observer(functools.partial(statements.record, self.id), statements.max_bytes)
         return Observer() if rules.limit_idling else None
 
     def _end(
-        self, transport: asyncio.Transport, leg: ClientLeg | TargetLeg, observer: Observer | None, *, faces_target: bool
+        self, transport: asyncio.Transport, leg: Leg, observer: Observer | None, *, faces_target: bool
     ) -> _relay.End:
         buffer = self._gateway.targets.buffer
         if observer is None:
@@ -496,14 +500,14 @@ class Session:
 
     @property
     def can_move(self) -> bool:
-        """Whether another process could go on with it: not with one that speaks TLS, is followed by an observer, or has
-        a credential on lease, nor while its cancel request is on its way."""
+        """Whether another process could go on with it.
+
+        Not with one that speaks TLS or has a credential on lease, nor while its cancel request is on its way.
+        """
         client, target = self._client_end, self._target_end
         if client is None or target is None or self._reason is not None or self.cancelling:
             return False
-        if self._lease is not None or isinstance(client, _relay.ObservedEnd):
-            return False
-        return client.can_leave and target.can_leave
+        return self._lease is None and client.can_leave and target.can_leave
 
     async def hand_over(self, send: SendHandedOver) -> bool:
         """Ends the session here, so that another process may go on with it. False if that process is gone.
@@ -523,16 +527,19 @@ class Session:
             client.leave()
             target.leave()
             await self._left
+            observer = client.observer if isinstance(client, _relay.ObservedEnd) else None
             handed = HandedOver(
                 number=self.number,
                 identity=self._identity,
                 began=self._began,
-                seconds_left=self._timer.when() - asyncio.get_running_loop().time() if self._timer else None,
                 cancel_key=self.cancel_key,
                 target_key=self.target_key,
                 reached=self.reached,
                 client=(client.received, client.tail, client.unsent),
                 target=(target.received, target.tail, target.unsent),
+                watched=None if self._watch is None else self._watch.watched,
+                observed=None if observer is None else observer.state,
+                is_audited=observer is not None and observer.tells_statements,
             )
             is_sent = await send(handed, (descriptors[0], descriptors[1]))
         # Not before: until the other process knows them, cancel requests are for this one.
@@ -564,8 +571,13 @@ class Session:
             self._close(CloseReason.CLIENT_LOST)
             self._over()
             return
-        self._client_end = _relay.End(self, client_transport, legs[0].fd, False, buffer)
-        self._target_end = _relay.End(self, target_transport, legs[1].fd, True, buffer)
+        rules = SessionRules() if handed.watched is None else handed.watched.rules
+        observer = self._observer(rules, is_audited=handed.is_audited)
+        if observer is not None and handed.observed is not None:
+            observer.take_up(handed.observed)
+        followed = observer if rules.limit_idling else None
+        self._client_end = self._end(client_transport, legs[0], observer, faces_target=False)
+        self._target_end = self._end(target_transport, legs[1], followed, faces_target=True)
         (_, client_rest, _), (_, target_rest, _) = (leg.hand_over() for leg in legs)
         _relay.join(self._client_end, self._target_end)
         self._client_end.take_up(*handed.client)
@@ -573,9 +585,8 @@ class Session:
         # An end of file is read again, once what came before it is gone.
         self._target_end.start(target_rest, False)
         self._client_end.start(client_rest, False)
-        if handed.seconds_left is not None:
-            rules = SessionRules(max_session_seconds=max(LEAST_WAIT, handed.seconds_left))
-            self._watch = Watch(rules, time.monotonic(), None)
+        if handed.watched is not None:
+            self._watch = Watch.take_up(handed.watched, followed)
             self._keep_watch()
 
     def target_finished(self) -> None:

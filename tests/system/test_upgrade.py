@@ -139,17 +139,6 @@ def test_a_session_that_moves_has_its_places_there(start_upgradable: StartUpgrad
     assert_serves(upgradable.port)
 
 
-def test_a_session_that_is_followed_stays(start_upgradable: StartUpgradable) -> None:
-    upgradable = start_upgradable(idle_timeout=60)
-    with RawClient(upgradable.port) as client:
-        client.log_in()
-        upgradable.upgrade()
-        client.assert_served()
-        assert upgradable.gateway.process.poll() is None
-    upgradable.wait_until_moved()
-    assert not upgradable.gateway.log_lines("sessions handed over")
-
-
 def test_the_protocol_of_balancers_is_spoken_to_the_new_process(start_upgradable: StartUpgradable) -> None:
     listen = [{"address": "127.0.0.1:0", "proxy_protocol": True}]
     upgradable = start_upgradable(listen=listen, proxy_protocol_from=["127.0.0.1"])
@@ -259,6 +248,107 @@ def test_a_time_limit_goes_on(
         assert client.read_fatal() == ("57P01", "terminating connection: its time limit is reached")
     wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
     assert upgradable.gateway.log_lines("session ended")[0]["seconds"] >= 3
+
+
+class Typing:
+    """Sends a query so slowly that it is not whole when the block ends, and so often that nobody idles meanwhile.
+
+    `rest` is what is left of it then.
+    """
+
+    def __init__(self, client: RawClient) -> None:
+        self.rest = query("select 42" + " " * 10_000)
+        self._client = client
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._type)
+
+    def __enter__(self) -> Typing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _type(self) -> None:
+        while not self._is_over.wait(0.05):
+            self._client.send(self.rest[:1])
+            self.rest = self.rest[1:]
+
+
+def test_a_session_that_idles_is_ended_where_it_is(start_upgradable: StartUpgradable) -> None:
+    upgradable = start_upgradable(idle_timeout=1.5)
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        with Typing(client) as typing:
+            upgradable.upgrade()
+            upgradable.wait_until_moved()
+        client.send(typing.rest)
+        assert b"D" in [kind for kind, _ in client.read_until(b"Z")]
+        assert client.read_fatal()[0] == "57P05"
+    wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
+    assert upgradable.gateway.log_lines("session ended")[0]["why"] == "idle timeout reached"
+
+
+def test_a_session_that_moves_is_in_its_transaction_there(start_upgradable: StartUpgradable) -> None:
+    """Nobody says so again: ReadyForQuery has passed through the old process alone."""
+    upgradable = start_upgradable(idle_in_transaction_timeout=1.5, idle_timeout=600)
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        ask(client, "begin")
+        with Typing(client):
+            upgradable.upgrade()
+            upgradable.wait_until_moved()
+        assert client.read_fatal()[0] == "25P03"
+
+
+def test_a_session_whose_query_is_not_answered_yet_does_not_idle_there(start_upgradable: StartUpgradable) -> None:
+    upgradable = start_upgradable(idle_timeout=1)
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        client.send(query("select pg_sleep(3)") + query("select 42"))
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        for _ in range(2):
+            assert b"D" in [kind for kind, _ in client.read_until(b"Z")]
+        assert client.read_fatal()[0] == "57P05"
+
+
+def test_a_statement_is_recorded_once_though_its_session_moves_in_the_middle_of_it(
+    start_upgradable: StartUpgradable, tmp_path: Path
+) -> None:
+    file = tmp_path / "audit"
+    upgradable = start_upgradable(audit={"file": str(file), "statements": True})
+    whole = query("select 'the whole of it'")
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        ask(client, "select 1")
+        client.send(whole[:17])
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        client.send(whole[17:])
+        assert b"D" in [kind for kind, _ in client.read_until(b"Z")]
+        ask(client, "select 2")
+        client.send(message(b"X"))
+        client.read_to_end()
+    wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the session to have ended")
+    statements = [line for line in map(json.loads, file.read_text().splitlines()) if line["event"] == "statement"]
+    assert [line["sql"] for line in statements] == ["select 1", "select 'the whole of it'", "select 2"]
+    assert {line["session"] for line in statements} == {upgradable.gateway.log_lines("login")[0]["session"]}
+
+
+def test_what_is_recorded_no_more_is_not(start_upgradable: StartUpgradable, tmp_path: Path) -> None:
+    file = tmp_path / "audit"
+    upgradable = start_upgradable(audit={"file": str(file), "statements": True})
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        ask(client, "select 1")
+        upgradable.gateway.rewrite(audit={"statements": False})
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        ask(client, "select 2")
+    assert "select 1" in file.read_text()
+    assert "select 2" not in file.read_text()
 
 
 def test_a_login_in_progress_is_finished_where_it_began_and_moves_then(upgradable: Upgradable) -> None:
