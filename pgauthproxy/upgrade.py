@@ -11,6 +11,7 @@ Strategy:
 - A session that speaks TLS stays: its keys are in this process's memory. So does one with a credential on lease, which
   is given back here, and a login in progress, until it is done.
   This process lives for as long as it has any, and as long as that which it has itself taken over from.
+- Logins that are paused are so in both, and go on in both.
 - A cancel request goes to whichever of the two has the session.
 """
 
@@ -32,6 +33,7 @@ from pgauthproxy.gateway import cancel
 from pgauthproxy.gateway.session import Gateway, HandedOver, Session
 from pgauthproxy.net import listen
 from pgauthproxy.net.sockets import StreamSocket
+from pgauthproxy.ops.acts import Pause, Resume, act_on
 
 START_SECONDS: Final = 60.0
 """How long a new process may take until it could serve, and then until it does."""
@@ -56,16 +58,22 @@ class Hello(Frame, frozen=True):
 
 class TakeListening(Frame, frozen=True):
     """To the new process, with the listening sockets: its generation, whether it removes files of Unix sockets, and on
-    which of the sockets the PROXY protocol is spoken. Behind them are `admin` sockets that operators are served on."""
+    which of the sockets the PROXY protocol is spoken. Behind them are `admin` sockets that operators are served on.
+    `is_paused`: whether new logins are to wait."""
 
     generation: int
     removes_files: bool
     proxy_protocol: tuple[bool, ...]
     admin: int
+    is_paused: bool = False
 
 
 class Serving(Frame, frozen=True):
     """From the new process: it does."""
+
+
+class Resumed(Frame, frozen=True):
+    """From the new process: logins may go on, those as well that wait in the old one."""
 
 
 class TakeSession(Frame, frozen=True):
@@ -74,7 +82,7 @@ class TakeSession(Frame, frozen=True):
     session: HandedOver
 
 
-Said = Hello | TakeListening | Serving | TakeSession | CancelAsked | CancelDone
+Said = Hello | TakeListening | Serving | Resumed | TakeSession | CancelAsked | CancelDone
 _DECODER: Final = msgspec.msgpack.Decoder(Said)
 
 
@@ -186,6 +194,18 @@ class Relatives:
                     return found, outcome
         return "", cancel.NOBODYS
 
+    def pause(self, link: Link) -> None:
+        """Has logins wait here, as they do in the process at the other end, which is told when they may go on."""
+        act_on(self._gateway, Pause())
+        assert self._gateway.held is not None  # noqa: S101 (they wait)
+        task = asyncio.get_running_loop().create_task(self._tell_resumed(self._gateway.held, link))
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _tell_resumed(self, held: asyncio.Event, link: Link) -> None:
+        await held.wait()
+        link.send_now(Resumed())
+
     async def attend(self, link: Link) -> None:
         """Answers a relative, and takes its sessions, until it is gone."""
         questions = self._questions[link] = CancelQuestions(link.send_now)
@@ -198,6 +218,8 @@ class Relatives:
                         task.add_done_callback(self._answering.discard)
                     case CancelDone() as done, _:
                         questions.answered(done)
+                    case Resumed(), _:
+                        act_on(self._gateway, Resume())
                     case TakeSession(session), [client, target]:
                         await Session.take_up(self._gateway, session, _connected(client), _connected(target))
         finally:
@@ -304,8 +326,8 @@ async def hand_over_sessions(gateway: Gateway, link: Link, sink: Sink) -> None:
         pause = min(GROWTH * pause, LONGEST_PAUSE_SECONDS)
 
 
-async def take_listening(link: Link) -> tuple[int, bool, list[StreamSocket], list[StreamSocket]]:
-    """Offers to take over; what TakeListening says, and the sockets for clients and operators. Raises UpgradeError."""
+async def take_listening(link: Link) -> tuple[TakeListening, list[StreamSocket], list[StreamSocket]]:
+    """Offers to take over; what is said to that, and the sockets for clients and operators. Raises UpgradeError."""
     await link.send(Hello())
     received = await link.receive()
     if received is None:
@@ -317,4 +339,4 @@ async def take_listening(link: Link) -> tuple[int, bool, list[StreamSocket], lis
     marked = zip(descriptors, marks, strict=True)
     taken = [listen.take_over(descriptor, proxy_protocol=is_so) for descriptor, is_so in marked]
     clients = len(said.proxy_protocol)
-    return said.generation, said.removes_files, taken[:clients], taken[clients:]
+    return said, taken[:clients], taken[clients:]

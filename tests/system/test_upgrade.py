@@ -24,6 +24,7 @@ import pytest
 from pgauthproxy.throwaway import ThrowawayPostgres
 from tests.conftest import WAIT_SECONDS, Gateway, StartGateway, WriteAuthenticator, is_alive
 from tests.system.conftest import Backends, Run, assert_serves, environment, wait_until
+from tests.system.test_console import USERS, do, rows
 from tests.system.test_service_manager import Manager
 from tests.tls import Authority
 from tests.wire import (
@@ -386,6 +387,32 @@ def test_nobody_is_refused_meanwhile(upgradable: Upgradable) -> None:
             client.join(WAIT_SECONDS)
     assert failures == []
     upgradable.wait_until_moved()
+
+
+def test_logins_that_are_paused_wait_in_both_processes_until_they_may_go_on(start_upgradable: StartUpgradable) -> None:
+    upgradable = start_upgradable(admin=USERS)
+    gateway = upgradable.gateway
+    with contextlib.ExitStack() as stack:
+        clients: list[RawClient] = []
+
+        def log_in() -> None:
+            clients.append(stack.enter_context(RawClient(upgradable.port)))
+            clients[-1].send(startup() + password())
+            wait_until(lambda: rows(gateway, "SHOW STATS")[0]["logging_in"] == 1, "the newest process to have it wait")
+
+        do(gateway, "PAUSE")
+        log_in()
+        for _ in range(2):
+            upgradable.upgrade()
+            assert rows(gateway, "SHOW STATS")[0]["paused"] is True
+            log_in()
+        assert not gateway.log_lines("login")
+        do(gateway, "RESUME")
+        for client in clients:
+            client.read_until(b"Z")
+            client.assert_served()
+        upgradable.wait_until_moved()
+        assert_serves(upgradable.port)
 
 
 # Bytes
