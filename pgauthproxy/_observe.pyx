@@ -11,8 +11,11 @@ behind.
 """
 
 cimport cython
-from libc.string cimport memchr
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.string cimport memchr, memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+import msgspec
 
 cdef enum:
     HEADER_BYTES = 5
@@ -41,6 +44,19 @@ cdef inline double monotonic() noexcept nogil:
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
     return now.tv_sec + now.tv_nsec * 1e-9
+
+
+cdef object described(const Stream *stream):
+    return (<const char *>stream.header)[:HEADER_BYTES], stream.have, stream.lost, stream.missing
+
+
+cdef int put_back(Stream *stream, described) except -1:
+    cdef bytes header
+    header, stream.have, stream.lost, stream.missing = described
+    if PyBytes_GET_SIZE(header) != HEADER_BYTES or stream.have > HEADER_BYTES:
+        raise ValueError("a header has a length of its own")
+    memcpy(stream.header, PyBytes_AS_STRING(header), HEADER_BYTES)
+    return 0
 
 
 cdef inline const uint8_t *read_header(Stream *stream, const uint8_t *at, const uint8_t *end) noexcept nogil:
@@ -88,6 +104,41 @@ cdef class Observer:
     def in_transaction(self):
         """Whether the last ReadyForQuery was one in a transaction, be it a failed one."""
         return self._status != IDLE
+
+    @property
+    def state(self):
+        """All that it knows, for an observer that goes on in its place (`take_up`), maybe in another process."""
+        return msgspec.msgpack.encode((
+            described(&self._client),
+            described(&self._target),
+            self._unanswered,
+            self._since,
+            self._status,
+            (self._unfinished, self._synced_last, self._copying, self._in_name, self._text_over),
+            self._text,
+            self._text_size,
+        ))
+
+    @property
+    def tells_statements(self):
+        """Whether somebody gets the SQL."""
+        return self._on_statement is not None
+
+    def take_up(self, bytes state not None):
+        """Goes on where another observer was."""
+        (
+            client,
+            target,
+            self._unanswered,
+            self._since,
+            self._status,
+            (self._unfinished, self._synced_last, self._copying, self._in_name, self._text_over),
+            text,
+            self._text_size,
+        ) = msgspec.msgpack.decode(state)
+        put_back(&self._client, client)
+        put_back(&self._target, target)
+        self._text = None if text is None or self._on_statement is None else bytearray(text)
 
     cdef bint is_between(self, bint target_side) noexcept:
         """Whether a side's last message was whole."""

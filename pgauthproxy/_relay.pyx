@@ -9,6 +9,8 @@ Strategy:
 - Sockets are written with send(2) directly: between reading and writing there is no Python object, unless TLS makes
   one. A side that speaks TLS is given its records in memory, and what it has to say is encrypted just before it is
   sent, so that a session with TLS holds no more than one without.
+- What a transport holds is kept here as well (the same bytes, not a copy), since a transport does not give back what it
+  has not written: another process that goes on with the session has to write it.
 - A failed send does not close the peer that it was meant for: what that peer had sent before it went is still to be
   read, and its own read tells how it ended.
 
@@ -95,6 +97,7 @@ cdef class End:
     cdef ForwardBuffer _buffer
     cdef Channel _tls
     cdef object _failure
+    cdef bytes _held
     cdef readonly unsigned long long received
     cdef readonly int fd
     cdef char[READY_BYTES] _tail
@@ -103,6 +106,7 @@ cdef class End:
     cdef bint _holding
     cdef bint _at_eof
     cdef bint _broken
+    cdef bint _leaving
 
     def __init__(
         self, session, transport, int fd, bint faces_target, ForwardBuffer buffer not None, Channel tls=None
@@ -168,11 +172,11 @@ cdef class End:
         return self._holding
 
     @property
-    def is_at_rest(self):
-        """Whether nothing is on its way through this process to this side, so that another may go on with it."""
+    def can_leave(self):
+        """Whether another process can go on with this connection: it speaks in plain, and nothing is wrong with it."""
         return (
-            self._tls is None and self.fd >= 0 and not (self._at_eof or self._broken or self._holding)
-            and not self.transport.is_closing() and self.transport.get_write_buffer_size() == 0
+            self._tls is None and self.fd >= 0 and not (self._broken or self.transport.is_closing())
+            and self.transport.get_write_buffer_size() <= self._held_bytes()
         )
 
     @property
@@ -180,17 +184,29 @@ cdef class End:
         """The last bytes that were read from here: what `at_message_boundary` and `has_finished` look at."""
         return self._tail[:READY_BYTES]
 
-    def take_up(self, unsigned long long received, bytes tail not None):
-        """Continues what an end in another process has done."""
+    @property
+    def unsent(self):
+        """Once it has left: what is still to be sent to this side."""
+        return self._held or b""
+
+    def leave(self):
+        """Reads no more from here on, and writes no more once `end_lost` is reported.
+
+        That is only then, since until the transport is closed it may write what it holds at any time. Nobody is told
+        anything by that: the connection is open for as long as the process has another descriptor of it.
+        """
+        self._leaving = True
+        self.transport.pause_reading()
+        self.transport.abort()
+
+    def take_up(self, unsigned long long received, bytes tail not None, bytes unsent not None):
+        """Continues what an end in another process has done. The two ends are joined, and neither has started yet."""
         if PyBytes_GET_SIZE(tail) != READY_BYTES:
             raise ValueError("a tail has a length of its own")
         self.received = received
         memcpy(self._tail, PyBytes_AS_STRING(tail), READY_BYTES)
-
-    def leave(self):
-        """Reads no more and reports nothing any more; another process has the connection, or will have."""
-        self._session = None
-        self.transport.pause_reading()
+        if PyBytes_GET_SIZE(unsent):
+            self._hold(unsent)
 
     @property
     def data_received(self):
@@ -245,6 +261,7 @@ cdef class End:
 
     def resume_writing(self):
         self._holding = False
+        self._held = None
         if self._peer is not None:
             self._buffer.paused.discard(self._peer)
             if not self._peer._at_eof:
@@ -256,7 +273,12 @@ cdef class End:
         if self._failure is not None:
             error = self._failure
         cdef End peer = self._peer
+        cdef Py_ssize_t unsent
         session = self._session
+        if self._leaving:
+            # The transport is closed as soon as this returns, and writes nothing before.
+            unsent = self.transport.get_write_buffer_size()
+            self._held = self._held[self._held_bytes() - unsent:] if unsent else None
         self._buffer.paused.discard(self)
         self._session = None
         self._peer = None
@@ -290,8 +312,20 @@ cdef class End:
                 if errno != EAGAIN and errno != EINTR:
                     return self._peer_refused()
                 sent = 0
-        peer.transport.write(at[sent:count])
+        return peer._hold(at[sent:count])
+
+    cdef int _hold(self, bytes data) except -1:
+        """Leaves to this side's transport what its socket does not take, or may not."""
+        if self._tls is None:
+            self._held = self._held + data if self._holding and self._held is not None else data
+        self.transport.write(data)
+        if not self._holding:
+            # It has all been taken after all.
+            self._held = None
         return 0
+
+    cdef inline Py_ssize_t _held_bytes(self) noexcept:
+        return 0 if self._held is None else PyBytes_GET_SIZE(self._held)
 
     cdef int _forward_decrypted(self, Py_ssize_t count) except -1:
         """Does it with what TLS records say, several at once."""
@@ -374,6 +408,11 @@ cdef class ObservedEnd(End):
     ):
         End.__init__(self, session, transport, fd, faces_target, buffer, tls)
         self._observer = observer
+
+    @property
+    def observer(self):
+        """Who follows it."""
+        return self._observer
 
     @property
     def at_message_boundary(self):

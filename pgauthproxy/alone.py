@@ -89,8 +89,10 @@ class _Alone:
         is_in_force = predecessor is None
         try:
             if predecessor is not None:
-                generation, removes_files, listening, admin_listening = await take_listening(predecessor)
-                worker.succeed(generation, removes_files, listening)
+                said, listening, admin_listening = await take_listening(predecessor)
+                worker.succeed(said.generation, said.removes_files, listening)
+                if said.is_paused:
+                    self._relatives.pause(predecessor)
                 self._operators.listening = operators.fitting(worker.reloads.settings, admin_listening)
             hear_signals(worker.drain, worker.end_now, worker.reloads.reloading, self._service)
             self._pid_file.take()
@@ -144,6 +146,7 @@ class _Alone:
                     self._worker.removes_files,
                     tuple(each.proxy_protocol for each in self._worker.listening),
                     len(self._operators.listening),
+                    is_paused=self._worker.gateway.held is not None,
                 ),
                 [each.fileno() for each in (*self._worker.listening, *self._operators.listening)],
             )

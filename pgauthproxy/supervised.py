@@ -40,7 +40,7 @@ from pgauthproxy.control import (
 from pgauthproxy.events import Noticed, Reloading
 from pgauthproxy.net import listen
 from pgauthproxy.operators import open_console, remove_files
-from pgauthproxy.ops.acts import Act, Pause, Reload, Shutdown, UnansweredError
+from pgauthproxy.ops.acts import Act, Pause, Reload, Shutdown, UnansweredError, act_on
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.ops.snapshot import Snapshot
@@ -109,7 +109,7 @@ async def _serve(channel: Channel, begin: Begin, sink: LogSink, audit: AuditSink
     attending = asyncio.get_running_loop().create_task(obeying.attend())
     open_console(worker.gateway, obeying.look, obeying.act, lambda: worker.reloads.settings, worker.sink)
     if begin.is_paused:
-        await worker.own.act(Pause())
+        obeying.pause()
     try:
         channel.send(Ready())
         await worker.serve()
@@ -206,6 +206,13 @@ class Obeying:
                 if each.family == socket.AF_UNIX and each.fileno() >= 0:
                     listen.remove_file(each.getsockname())
         self._worker.drain(("reason", GONE))
+
+    def pause(self) -> None:
+        """Has logins wait, as they do in the process whose sessions are to be taken over."""
+        if self._predecessor is not None:
+            self._relatives.pause(self._predecessor)
+        else:
+            act_on(self._worker.gateway, Pause())
 
     def _listen(self) -> None:
         self._is_in_force = True

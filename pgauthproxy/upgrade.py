@@ -4,12 +4,14 @@ Strategy:
 - The new process reads the settings and starts its authenticator before anything else happens. Until it serves, this
   one can go on as if nothing had been.
 - It gets the listening sockets, so that nobody is refused in between.
-- Then it gets sessions, one by one: both sockets, and what is known of them. One is handed over only while none of its
-  bytes is in this process: what was read has been written. So there is nothing that could be lost or doubled.
-- A session that speaks TLS stays: its keys are in this process's memory. So does one that an observer follows, which
-  knows what it is at, and one with a credential on lease, which is given back here. So does a login in progress, until
-  it is done.
+- Then it gets sessions, one by one: both sockets, what is known of them, and what was read from one side and could not
+  be written to the other yet. How much that is, is asked once the transports are closed and write no more. So nothing
+  can be lost or doubled.
+- What an observer knows of a session goes along, be it in the middle of a message.
+- A session that speaks TLS stays: its keys are in this process's memory. So does one with a credential on lease, which
+  is given back here, and a login in progress, until it is done.
   This process lives for as long as it has any, and as long as that which it has itself taken over from.
+- Logins that are paused are so in both, and go on in both.
 - A cancel request goes to whichever of the two has the session.
 """
 
@@ -31,6 +33,7 @@ from pgauthproxy.gateway import cancel
 from pgauthproxy.gateway.session import Gateway, HandedOver, Session
 from pgauthproxy.net import listen
 from pgauthproxy.net.sockets import StreamSocket
+from pgauthproxy.ops.acts import Pause, Resume, act_on
 
 START_SECONDS: Final = 60.0
 """How long a new process may take until it could serve, and then until it does."""
@@ -40,7 +43,12 @@ GROWTH: Final = 1.2
 """How often is looked for sessions that can be handed over by now."""
 MOST_DESCRIPTORS: Final = 250
 """The kernel passes no more at once."""
-MOST_FRAME: Final = 65_536
+MOST_PACKET: Final = 65_536
+PIECE_BYTES: Final = 32_768
+"""Frames that are longer are sent in pieces: the kernel takes no packet that its buffer does not hold."""
+PIECE: Final = b"\xc1"
+LAST_PIECE: Final = b"\xc0"
+"""What no frame begins with."""
 INT_BYTES: Final = array.array("i").itemsize
 
 
@@ -50,16 +58,22 @@ class Hello(Frame, frozen=True):
 
 class TakeListening(Frame, frozen=True):
     """To the new process, with the listening sockets: its generation, whether it removes files of Unix sockets, and on
-    which of the sockets the PROXY protocol is spoken. Behind them are `admin` sockets that operators are served on."""
+    which of the sockets the PROXY protocol is spoken. Behind them are `admin` sockets that operators are served on.
+    `is_paused`: whether new logins are to wait."""
 
     generation: int
     removes_files: bool
     proxy_protocol: tuple[bool, ...]
     admin: int
+    is_paused: bool = False
 
 
 class Serving(Frame, frozen=True):
     """From the new process: it does."""
+
+
+class Resumed(Frame, frozen=True):
+    """From the new process: logins may go on, those as well that wait in the old one."""
 
 
 class TakeGateway(Frame, frozen=True):
@@ -90,7 +104,7 @@ class TakeSession(Frame, frozen=True):
     session: HandedOver
 
 
-Said = Hello | TakeListening | TakeGateway | TakeSlot | Serving | TakeSession | CancelAsked | CancelDone
+Said = Hello | TakeListening | TakeGateway | TakeSlot | Serving | Resumed | TakeSession | CancelAsked | CancelDone
 _DECODER: Final = msgspec.msgpack.Decoder(Said)
 Taken = TypeVar("Taken", TakeListening, TakeGateway, TakeSlot)
 
@@ -101,12 +115,26 @@ class Link:
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._connection = connection
+        self._in_pieces = asyncio.Lock()
+        self._pieces = bytearray()
 
     async def send(self, frame: Said, descriptors: Sequence[int] = ()) -> bool:
         """False if the other process is gone."""
+        data = msgspec.msgpack.encode(frame)
+        if len(data) <= PIECE_BYTES:
+            return await self._send(data, descriptors)
+        async with self._in_pieces:
+            for at in range(0, len(data), PIECE_BYTES):
+                piece = data[at : at + PIECE_BYTES]
+                is_last = at + PIECE_BYTES >= len(data)
+                if not await self._send((LAST_PIECE if is_last else PIECE) + piece, descriptors if is_last else ()):
+                    return False
+        return True
+
+    async def _send(self, packet: bytes, descriptors: Sequence[int]) -> bool:
         while True:
             try:
-                socket.send_fds(self._connection, [msgspec.msgpack.encode(frame)], descriptors)
+                socket.send_fds(self._connection, [packet], descriptors)
             except BlockingIOError:
                 loop = asyncio.get_running_loop()
                 await _wait(loop.add_writer, loop.remove_writer, self._connection)
@@ -116,7 +144,7 @@ class Link:
                 return True
 
     def send_now(self, frame: Said) -> bool:
-        """False if it cannot be sent at once."""
+        """False if it cannot be sent at once. It is a short one."""
         try:
             self._connection.send(msgspec.msgpack.encode(frame))
         except OSError:
@@ -125,11 +153,23 @@ class Link:
 
     async def receive(self) -> tuple[Said, list[int]] | None:
         """The next frame with its descriptors; None once the other process is gone."""
+        while (received := await self._receive()) is not None:
+            packet, descriptors = received
+            if packet.startswith(PIECE):
+                self._pieces += packet[1:]
+                continue
+            if packet.startswith(LAST_PIECE):
+                packet = bytes(self._pieces) + packet[1:]
+                self._pieces.clear()
+            return _DECODER.decode(packet), descriptors
+        return None
+
+    async def _receive(self) -> tuple[bytes, list[int]] | None:
         while True:
             try:
                 # Not socket.recv_fds, which loses the flag: authenticators would inherit what it has received.
-                data, ancillary, _, _ = self._connection.recvmsg(
-                    MOST_FRAME, socket.CMSG_SPACE(MOST_DESCRIPTORS * INT_BYTES), socket.MSG_CMSG_CLOEXEC
+                packet, ancillary, _, _ = self._connection.recvmsg(
+                    MOST_PACKET, socket.CMSG_SPACE(MOST_DESCRIPTORS * INT_BYTES), socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 loop = asyncio.get_running_loop()
@@ -140,7 +180,7 @@ class Link:
                 descriptors = array.array("i")
                 for _, _, passed in ancillary:
                     descriptors.frombytes(passed)
-                return (_DECODER.decode(data), list(descriptors)) if data else None
+                return (packet, list(descriptors)) if packet else None
 
     def close(self) -> None:
         self._connection.close()
@@ -177,6 +217,18 @@ class Relatives:
                     return found, outcome
         return "", cancel.NOBODYS
 
+    def pause(self, link: Link) -> None:
+        """Has logins wait here, as they do in the process at the other end, which is told when they may go on."""
+        act_on(self._gateway, Pause())
+        assert self._gateway.held is not None  # noqa: S101 (they wait)
+        task = asyncio.get_running_loop().create_task(self._tell_resumed(self._gateway.held, link))
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _tell_resumed(self, held: asyncio.Event, link: Link) -> None:
+        await held.wait()
+        link.send_now(Resumed())
+
     async def attend(self, link: Link) -> None:
         """Answers a relative, and takes its sessions, until it is gone."""
         questions = self._questions[link] = CancelQuestions(link.send_now)
@@ -189,6 +241,8 @@ class Relatives:
                         task.add_done_callback(self._answering.discard)
                     case CancelDone() as done, _:
                         questions.answered(done)
+                    case Resumed(), _:
+                        act_on(self._gateway, Resume())
                     case TakeSession(session), [client, target]:
                         await Session.take_up(self._gateway, session, _connected(client), _connected(target))
         finally:
@@ -284,18 +338,23 @@ def _collect_later(pid: int) -> None:
 
 async def hand_over_sessions(gateway: Gateway, link: Link, sink: Sink) -> None:
     """Hands over all sessions that can be, some of them later; returns when there are none, or no successor."""
+
+    async def send(session: HandedOver, descriptors: tuple[int, int]) -> bool:
+        return await link.send(TakeSession(session), descriptors)
+
     pause = FIRST_PAUSE_SECONDS
     while gateway.sessions:
         count = 0
         for session in list(gateway.sessions):
-            if (handed := session.hand_over()) is None:
+            if not session.can_move:
                 continue
-            state, client, target = handed
-            is_sent = await link.send(TakeSession(state), [client.fd, target.fd])
-            client.transport.abort()
-            target.transport.abort()
+            try:
+                is_sent = await session.hand_over(send)
+            except OSError:
+                # No descriptor is free at the moment.
+                break
             if not is_sent:
-                sink(Noticed("error", "session lost: the new process is gone", (("session", f"{state.number:x}"),)))
+                sink(Noticed("error", "session lost: the new process is gone", (("session", session.id),)))
                 return
             count += 1
         if count:
@@ -304,15 +363,15 @@ async def hand_over_sessions(gateway: Gateway, link: Link, sink: Sink) -> None:
         pause = min(GROWTH * pause, LONGEST_PAUSE_SECONDS)
 
 
-async def take_listening(link: Link) -> tuple[int, bool, list[StreamSocket], list[StreamSocket]]:
-    """Offers to take over; what TakeListening says, and the sockets for clients and operators. Raises UpgradeError."""
+async def take_listening(link: Link) -> tuple[TakeListening, list[StreamSocket], list[StreamSocket]]:
+    """Offers to take over; what is said to that, and the sockets for clients and operators. Raises UpgradeError."""
     await link.send(Hello())
     said, descriptors = await _receive(link, TakeListening)
     marks = (*said.proxy_protocol, *([False] * said.admin))
     marked = zip(descriptors, marks, strict=True)
     taken = [listen.take_over(descriptor, proxy_protocol=is_so) for descriptor, is_so in marked]
     clients = len(said.proxy_protocol)
-    return said.generation, said.removes_files, taken[:clients], taken[clients:]
+    return said, taken[:clients], taken[clients:]
 
 
 async def take_gateway(link: Link) -> tuple[TakeGateway, list[StreamSocket], list[tuple[list[StreamSocket], int]]]:

@@ -60,7 +60,10 @@ class Part:
 
 
 class Whole:
-    """All workers that are ready. `is_draining` says whether the gateway is on its way out; `audit` is the supervisor's."""
+    """All workers that are ready.
+
+    `is_draining` says whether the gateway is on its way out; `audit` is the supervisor's own part of the audit log.
+    """
 
     def __init__(self, is_draining: Callable[[], bool], audit: AuditSink | None) -> None:
         self._is_draining = is_draining

@@ -278,3 +278,19 @@ class Leg(asyncio.BufferedProtocol):
             self._transport.abort()
         else:
             self._connection.close()
+
+
+class TakenUpLeg(Leg):
+    """A leg of a session that another process has let in: there is nothing left to log in.
+
+    A transport reads as soon as it is made. This one then reads a single byte, so that what a session holds for a peer
+    that does not read does not grow with each process that takes it up.
+    """
+
+    def get_buffer(self, size_hint: int) -> memoryview:  # type: ignore[override]  # any buffer will do
+        return memoryview(self._buffer.space)[:1]
+
+    def buffer_updated(self, count: int) -> None:
+        super().buffer_updated(count)
+        assert self._transport is not None  # noqa: S101 (it has read)
+        self._transport.pause_reading()

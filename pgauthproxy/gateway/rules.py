@@ -6,7 +6,7 @@ the session is at tells whether a rule is broken, or when to look again.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from pgauthproxy._observe import Observer
 from pgauthproxy.errors import ADMIN_SHUTDOWN, IDLE_IN_TRANSACTION_SESSION_TIMEOUT, IDLE_SESSION_TIMEOUT
@@ -68,8 +68,19 @@ class SessionRules:
         return self.max_session_seconds > 0 or self.limit_idling
 
 
+class Watched(NamedTuple):
+    """A session that rules concern: since when, and when its client last had not taken yet what it was sent.
+
+    Times are those of time.monotonic, which is one clock for all processes of a machine.
+    """
+
+    rules: SessionRules
+    began: float
+    last_held: float
+
+
 class Watch:
-    """Looks at one session now and then. Times are those of time.monotonic."""
+    """Looks at one session now and then."""
 
     def __init__(self, rules: SessionRules, began: float, observer: Observer | None) -> None:
         """`observer` follows both sides of the session if idling is limited."""
@@ -77,6 +88,18 @@ class Watch:
         self._began = began
         self._observer = observer
         self._last_held = began
+
+    @classmethod
+    def take_up(cls, watched: Watched, observer: Observer | None) -> Self:
+        """Goes on where another watch was."""
+        self = cls(watched.rules, watched.began, observer)
+        self._last_held = watched.last_held
+        return self
+
+    @property
+    def watched(self) -> Watched:
+        """What another watch needs to go on in its place."""
+        return Watched(self._rules, self._began, self._last_held)
 
     def look(self, now: float, *, held: bool) -> Breach | float:
         """The rule that is broken, or how many seconds to wait before looking again.

@@ -5,7 +5,9 @@ coroutine and no task lives on. Step 9 is `_close`, the one door out of a sessio
 """
 
 import asyncio
+import contextlib
 import functools
+import os
 import secrets
 import socket
 import time
@@ -33,10 +35,10 @@ from pgauthproxy.gateway.admission import Admission
 from pgauthproxy.gateway.cancel import CancelKeys
 from pgauthproxy.gateway.client_leg import ClientLeg
 from pgauthproxy.gateway.console import NO_USER, Admin, Console, uid_of_peer
-from pgauthproxy.gateway.leg import Leg
+from pgauthproxy.gateway.leg import Leg, TakenUpLeg
 from pgauthproxy.gateway.limits import Limits, Place
 from pgauthproxy.gateway.paused import PausedClients
-from pgauthproxy.gateway.rules import LEAST_WAIT, Breach, SessionRules, Watch
+from pgauthproxy.gateway.rules import Breach, SessionRules, Watch, Watched
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.console import Statement, serve
@@ -121,17 +123,29 @@ class Identity(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HandedOver(msgspec.Struct, frozen=True):
-    """A session on its way to another process. `client` and `target`: bytes received, and the last of them."""
+    """A session on its way to another process.
+
+    Of each side: how many bytes were received, the last of them, and what is still to be sent to it.
+    """
 
     number: int
     identity: bytes
     began: float
-    seconds_left: float | None
     cancel_key: bytes
     target_key: bytes
     reached: Address
-    client: tuple[int, bytes]
-    target: tuple[int, bytes]
+    client: tuple[int, bytes, bytes]
+    target: tuple[int, bytes, bytes]
+    watched: Watched | None = None
+    observed: bytes | None = None
+    """What its observer knows, if it has one."""
+    is_audited: bool = False
+    """Whether what the client says is recorded."""
+
+
+SendHandedOver = Callable[[HandedOver, tuple[int, int]], Awaitable[bool]]
+"""Sends it to the other process with the descriptors of the client's connection and the target's; False if that one is
+gone."""
 
 
 class Session:
@@ -152,6 +166,7 @@ class Session:
         "_gateway",
         "_identity",
         "_lease",
+        "_left",
         "_place",
         "_reason",
         "_started",
@@ -194,6 +209,8 @@ class Session:
         self._place: Place | None = None
         self._identity = b""
         self._lease: Lease | None = None
+        self._left: asyncio.Future[None] | None = None
+        """Done once both ends have left, for another process to go on."""
         self.cancel_key = b""
         self.cancelling = False
         self.target_key = b""
@@ -424,16 +441,16 @@ class Session:
         self.reached, self.reached_tls = attached.reached, target.plan
         self.target_key = attached.greeting.key
         rules = gateway.rules.for_mapping(attached.granted.mapping)
-        observer = self._observer(rules)
+        observer = self._observer(rules, is_audited=True)
         self._client_end = self._end(client_transport, client, observer, faces_target=False)
-        watched = observer if rules.limit_idling else None
-        self._target_end = self._end(target_transport, target, watched, faces_target=True)
+        followed = observer if rules.limit_idling else None
+        self._target_end = self._end(target_transport, target, followed, faces_target=True)
         self._client_end.send(client_login.welcome(attached, gateway.keys.issue(self, minor)))
         _relay.join(self._client_end, self._target_end)
         self._target_end.start(target_rest, target_at_eof)
         self._client_end.start(client_rest, client_at_eof)
         if rules.limit_anything:
-            self._watch = Watch(rules, time.monotonic(), watched)
+            self._watch = Watch(rules, time.monotonic(), followed)
             self._keep_watch()
         started, mapping = attached.granted.started, attached.granted.mapping
         identity = Identity(
@@ -456,15 +473,15 @@ class Session:
     def _lease_ended(self) -> None:
         self.end(CloseReason.LEASE_ENDED, b"terminating connection: the lease of its credential has ended")
 
-    def _observer(self, rules: SessionRules) -> Observer | None:
-        """Who follows this session, if anybody has to."""
-        statements = self._gateway.statements
+    def _observer(self, rules: SessionRules, *, is_audited: bool) -> Observer | None:
+        """Who follows this session, if anybody has to. `is_audited`: so are all, if the gateway records statements."""
+        statements = self._gateway.statements if is_audited else None
         if statements is not None:
             return Observer(functools.partial(statements.record, self.id), statements.max_bytes)
         return Observer() if rules.limit_idling else None
 
     def _end(
-        self, transport: asyncio.Transport, leg: ClientLeg | TargetLeg, observer: Observer | None, *, faces_target: bool
+        self, transport: asyncio.Transport, leg: Leg, observer: Observer | None, *, faces_target: bool
     ) -> _relay.End:
         buffer = self._gateway.targets.buffer
         if observer is None:
@@ -481,38 +498,55 @@ class Session:
         else:
             self._timer = asyncio.get_running_loop().call_later(found, self._keep_watch)
 
-    def hand_over(self) -> "tuple[HandedOver, _relay.End, _relay.End] | None":
-        """Ends the session here, so that another process may go on with it: what that must know, and the two ends.
+    @property
+    def can_move(self) -> bool:
+        """Whether another process could go on with it.
 
-        Their connections are to be dropped here once the other process has them. None, and nothing has happened, for a
-        session that cannot be handed over: one that speaks TLS, is followed by an observer, has a credential on lease,
-        or has bytes which are on their way.
+        Not with one that speaks TLS or has a credential on lease, nor while its cancel request is on its way.
         """
         client, target = self._client_end, self._target_end
         if client is None or target is None or self._reason is not None or self.cancelling:
-            return None
-        if self._lease is not None or isinstance(client, _relay.ObservedEnd):
-            return None
-        if not (client.is_at_rest and target.is_at_rest):
-            return None
-        client.leave()
-        target.leave()
-        handed = HandedOver(
-            number=self.number,
-            identity=self._identity,
-            began=self._began,
-            seconds_left=self._timer.when() - asyncio.get_running_loop().time() if self._timer is not None else None,
-            cancel_key=self.cancel_key,
-            target_key=self.target_key,
-            reached=self.reached,
-            client=(client.received, client.tail),
-            target=(target.received, target.tail),
-        )
-        self._reason = CloseReason.HANDED_OVER
+            return False
+        return self._lease is None and client.can_leave and target.can_leave
+
+    async def hand_over(self, send: SendHandedOver) -> bool:
+        """Ends the session here, so that another process may go on with it. False if that process is gone.
+
+        It `can_move`.
+        """
+        client, target = self._client_end, self._target_end
+        assert client is not None  # noqa: S101 (it can move)
+        assert target is not None  # noqa: S101 (it can move)
+        with contextlib.ExitStack() as kept:
+            descriptors = []
+            for end in (client, target):
+                descriptors.append(os.dup(end.fd))
+                kept.callback(os.close, descriptors[-1])
+            self._reason = CloseReason.HANDED_OVER
+            self._left = asyncio.get_running_loop().create_future()
+            client.leave()
+            target.leave()
+            await self._left
+            observer = client.observer if isinstance(client, _relay.ObservedEnd) else None
+            handed = HandedOver(
+                number=self.number,
+                identity=self._identity,
+                began=self._began,
+                cancel_key=self.cancel_key,
+                target_key=self.target_key,
+                reached=self.reached,
+                client=(client.received, client.tail, client.unsent),
+                target=(target.received, target.tail, target.unsent),
+                watched=None if self._watch is None else self._watch.watched,
+                observed=None if observer is None else observer.state,
+                is_audited=observer is not None and observer.tells_statements,
+            )
+            is_sent = await send(handed, (descriptors[0], descriptors[1]))
+        # Not before: until the other process knows them, cancel requests are for this one.
         self._gateway.keys.forget(self.cancel_key)
         self._client_end = self._target_end = None
         self._over()
-        return handed, client, target
+        return is_sent
 
     @classmethod
     async def take_up(
@@ -527,7 +561,7 @@ class Session:
         self.cancel_key, self.target_key, self.reached = handed.cancel_key, handed.target_key, handed.reached
         gateway.keys.take_up(self)
         buffer = gateway.targets.buffer
-        legs = Leg(client, buffer), Leg(target, buffer)
+        legs = TakenUpLeg(client, buffer), TakenUpLeg(target, buffer)
         try:
             client_transport, target_transport = await legs[0].open(), await legs[1].open()
         except OSError:
@@ -537,17 +571,22 @@ class Session:
             self._close(CloseReason.CLIENT_LOST)
             self._over()
             return
-        self._client_end = _relay.End(self, client_transport, legs[0].fd, False, buffer)
-        self._target_end = _relay.End(self, target_transport, legs[1].fd, True, buffer)
+        rules = SessionRules() if handed.watched is None else handed.watched.rules
+        observer = self._observer(rules, is_audited=handed.is_audited)
+        if observer is not None and handed.observed is not None:
+            observer.take_up(handed.observed)
+        followed = observer if rules.limit_idling else None
+        self._client_end = self._end(client_transport, legs[0], observer, faces_target=False)
+        self._target_end = self._end(target_transport, legs[1], followed, faces_target=True)
+        (_, client_rest, _), (_, target_rest, _) = (leg.hand_over() for leg in legs)
+        _relay.join(self._client_end, self._target_end)
         self._client_end.take_up(*handed.client)
         self._target_end.take_up(*handed.target)
-        (_, client_rest, client_at_eof), (_, target_rest, target_at_eof) = (leg.hand_over() for leg in legs)
-        _relay.join(self._client_end, self._target_end)
-        self._target_end.start(target_rest, target_at_eof)
-        self._client_end.start(client_rest, client_at_eof)
-        if handed.seconds_left is not None:
-            rules = SessionRules(max_session_seconds=max(LEAST_WAIT, handed.seconds_left))
-            self._watch = Watch(rules, time.monotonic(), None)
+        # An end of file is read again, once what came before it is gone.
+        self._target_end.start(target_rest, False)
+        self._client_end.start(client_rest, False)
+        if handed.watched is not None:
+            self._watch = Watch.take_up(handed.watched, followed)
             self._keep_watch()
 
     def target_finished(self) -> None:
@@ -556,7 +595,12 @@ class Session:
         self._close(CloseReason.CLIENT_CLOSED if self._client_end.has_finished else CloseReason.TARGET_CLOSED)
 
     def end_lost(self, end: _relay.End, error: Exception | None) -> None:
-        """A connection is gone for good: an `End` reports it."""
+        """A connection is gone for good, or has left: an `End` reports it."""
+        self._ends_lost += 1
+        if self._left is not None:
+            if self._ends_lost == 2:
+                self._left.set_result(None)
+            return
         if self._client_end is not None and self._client_end.has_finished:
             # A target that was told good-bye may close with our own still on its way, which looks like a reset.
             reason, error = CloseReason.CLIENT_CLOSED, None
@@ -565,7 +609,6 @@ class Session:
         else:
             reason = CloseReason.CLIENT_LOST if error else CloseReason.CLIENT_CLOSED
         self._close(reason, str(error or ""))
-        self._ends_lost += 1
         client_end, target_end = self._client_end, self._target_end
         if self._ends_lost < 2 or client_end is None or target_end is None or self._reason is None:
             return

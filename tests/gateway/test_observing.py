@@ -310,6 +310,39 @@ def test_it_is_all_the_same_however_the_bytes_come(tls: tuple[str, str], steps: 
         assert pieces.pair.client.heard == b"".join(data for side, data in steps if side == "target")
 
 
+@settings(deadline=None, derandomize=True, database=None, max_examples=200)
+@given(
+    st.lists(
+        st.tuples(st.just("client"), CLIENT_SAYS) | st.tuples(st.just("target"), TARGET_SAYS), min_size=1, max_size=12
+    ),
+    st.data(),
+)
+def test_another_observer_goes_on_wherever_the_first_has_stopped(steps: list[Step], data: st.DataObject) -> None:
+    stop = data.draw(st.integers(0, len(steps) - 1))
+    side, said = steps[stop]
+    at = data.draw(st.integers(0, len(said)))
+    whole, begun, going_on = Observed(max_text=100), Observed(max_text=100), Observed(max_text=100)
+    with contextlib.closing(whole.pair), contextlib.closing(begun.pair), contextlib.closing(going_on.pair):
+        whole.goes(steps)
+        begun.goes([*steps[:stop], (side, said[:at])])
+        going_on.observer.take_up(begun.observer.state)
+        assert going_on.observer.idle_since == begun.observer.idle_since
+        going_on.goes([(side, said[at:]), *steps[stop + 1 :]])
+        assert going_on.is_idle == whole.is_idle
+        assert going_on.observer.in_transaction == whole.observer.in_transaction
+        assert begun.statements + going_on.statements == whole.statements
+
+
+def test_one_that_tells_nobody_keeps_no_text(observed: Observed) -> None:
+    observed.client(query("select 1")[:-3])
+    quiet = Observer()
+    assert not quiet.tells_statements
+    assert observed.observer.tells_statements
+    quiet.take_up(observed.observer.state)
+    assert b"select" in observed.observer.state
+    assert b"select" not in quiet.state
+
+
 @settings(deadline=None, derandomize=True, database=None, max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from(["client", "target"]), st.binary(max_size=200)), max_size=8))
 def test_whatever_bytes_there_are_pass_unchanged(steps: list[Step]) -> None:

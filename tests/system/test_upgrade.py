@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import random
+import select
 import signal
 import socket
 import ssl
@@ -12,6 +14,7 @@ import struct
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +30,7 @@ from tests.system.conftest import (
     transactions_through,
     wait_until,
 )
+from tests.system.operators import USERS, do, rows
 from tests.system.test_service_manager import Manager
 from tests.tls import Authority
 from tests.wire import (
@@ -39,6 +43,7 @@ from tests.wire import (
     password,
     proxy_v1,
     query,
+    read_exactly,
     startup,
 )
 
@@ -84,17 +89,6 @@ def test_a_session_that_moves_has_its_places_there(start_upgradable: StartUpgrad
         client.read_to_end()
     wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the session to have ended")
     assert_serves(upgradable.port)
-
-
-def test_a_session_that_is_followed_stays(start_upgradable: StartUpgradable) -> None:
-    upgradable = start_upgradable(idle_timeout=60)
-    with RawClient(upgradable.port) as client:
-        client.log_in()
-        upgradable.upgrade()
-        client.assert_served()
-        assert upgradable.gateway.process.poll() is None
-    upgradable.wait_until_moved()
-    assert not upgradable.gateway.log_lines("sessions handed over")
 
 
 def test_the_protocol_of_balancers_is_spoken_to_the_new_process(start_upgradable: StartUpgradable) -> None:
@@ -208,6 +202,107 @@ def test_a_time_limit_goes_on(
     assert upgradable.gateway.log_lines("session ended")[0]["seconds"] >= 3
 
 
+class Typing:
+    """Sends a query so slowly that it is not whole when the block ends, and so often that nobody idles meanwhile.
+
+    `rest` is what is left of it then.
+    """
+
+    def __init__(self, client: RawClient) -> None:
+        self.rest = query("select 42" + " " * 10_000)
+        self._client = client
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._type)
+
+    def __enter__(self) -> Typing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _type(self) -> None:
+        while not self._is_over.wait(0.05):
+            self._client.send(self.rest[:1])
+            self.rest = self.rest[1:]
+
+
+def test_a_session_that_idles_is_ended_where_it_is(start_upgradable: StartUpgradable) -> None:
+    upgradable = start_upgradable(idle_timeout=1.5)
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        with Typing(client) as typing:
+            upgradable.upgrade()
+            upgradable.wait_until_moved()
+        client.send(typing.rest)
+        assert b"D" in [kind for kind, _ in client.read_until(b"Z")]
+        assert client.read_fatal()[0] == "57P05"
+    wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
+    assert upgradable.gateway.log_lines("session ended")[0]["why"] == "idle timeout reached"
+
+
+def test_a_session_that_moves_is_in_its_transaction_there(start_upgradable: StartUpgradable) -> None:
+    """Nobody says so again: ReadyForQuery has passed through the old process alone."""
+    upgradable = start_upgradable(idle_in_transaction_timeout=1.5, idle_timeout=600)
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        ask(client, "begin")
+        with Typing(client):
+            upgradable.upgrade()
+            upgradable.wait_until_moved()
+        assert client.read_fatal()[0] == "25P03"
+
+
+def test_a_session_whose_query_is_not_answered_yet_does_not_idle_there(start_upgradable: StartUpgradable) -> None:
+    upgradable = start_upgradable(idle_timeout=1)
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        client.send(query("select pg_sleep(3)") + query("select 42"))
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        for _ in range(2):
+            assert b"D" in [kind for kind, _ in client.read_until(b"Z")]
+        assert client.read_fatal()[0] == "57P05"
+
+
+def test_a_statement_is_recorded_once_though_its_session_moves_in_the_middle_of_it(
+    start_upgradable: StartUpgradable, tmp_path: Path
+) -> None:
+    file = tmp_path / "audit"
+    upgradable = start_upgradable(audit={"file": str(file), "statements": True})
+    whole = query("select 'the whole of it'")
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        ask(client, "select 1")
+        client.send(whole[:17])
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        client.send(whole[17:])
+        assert b"D" in [kind for kind, _ in client.read_until(b"Z")]
+        ask(client, "select 2")
+        client.send(message(b"X"))
+        client.read_to_end()
+    wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the session to have ended")
+    statements = [line for line in map(json.loads, file.read_text().splitlines()) if line["event"] == "statement"]
+    assert [line["sql"] for line in statements] == ["select 1", "select 'the whole of it'", "select 2"]
+    assert {line["session"] for line in statements} == {upgradable.gateway.log_lines("login")[0]["session"]}
+
+
+def test_what_is_recorded_no_more_is_not(start_upgradable: StartUpgradable, tmp_path: Path) -> None:
+    file = tmp_path / "audit"
+    upgradable = start_upgradable(audit={"file": str(file), "statements": True})
+    with RawClient(upgradable.port) as client:
+        client.log_in()
+        ask(client, "select 1")
+        upgradable.gateway.rewrite(audit={"statements": False})
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        ask(client, "select 2")
+    assert "select 1" in file.read_text()
+    assert "select 2" not in file.read_text()
+
+
 def test_a_login_in_progress_is_finished_where_it_began_and_moves_then(upgradable: Upgradable) -> None:
     with RawClient(upgradable.port) as client:
         client.send(startup())
@@ -245,6 +340,32 @@ def test_nobody_is_refused_meanwhile(upgradable: Upgradable) -> None:
     upgradable.wait_until_moved()
 
 
+def test_logins_that_are_paused_wait_in_both_processes_until_they_may_go_on(start_upgradable: StartUpgradable) -> None:
+    upgradable = start_upgradable(admin=USERS)
+    gateway = upgradable.gateway
+    with contextlib.ExitStack() as stack:
+        clients: list[RawClient] = []
+
+        def log_in() -> None:
+            clients.append(stack.enter_context(RawClient(upgradable.port)))
+            clients[-1].send(startup() + password())
+            wait_until(lambda: rows(gateway, "SHOW STATS")[0]["logging_in"] == 1, "the newest process to have it wait")
+
+        do(gateway, "PAUSE")
+        log_in()
+        for _ in range(2):
+            upgradable.upgrade()
+            assert rows(gateway, "SHOW STATS")[0]["paused"] is True
+            log_in()
+        assert not gateway.log_lines("login")
+        do(gateway, "RESUME")
+        for client in clients:
+            client.read_until(b"Z")
+            client.assert_served()
+        upgradable.wait_until_moved()
+        assert_serves(upgradable.port)
+
+
 # Bytes
 
 
@@ -278,7 +399,7 @@ def test_not_one_byte_is_lost_or_doubled_either_way(
     for number in range(count):
         expected.update(struct.pack("!I", number) + block)
     with ScriptedTarget(speak) as target:
-        upgradable = start_upgradable(authenticator(f"echo _META_TARGET_HOST=127.0.0.1:{target.port}; echo user=x"))
+        upgradable = start_before(start_upgradable, authenticator, target)
         with RawClient(upgradable.port) as client:
             client.log_in()
             pouring = threading.Thread(target=pour, args=(client.socket,))
@@ -300,6 +421,151 @@ def test_not_one_byte_is_lost_or_doubled_either_way(
     assert len(upgradable.gateway.log_lines("sessions handed over")) > 1
     assert seen.hexdigest() == expected.hexdigest()
     assert received.hexdigest() == expected.hexdigest()
+
+
+FLOOD_BYTES = 16 << 20
+"""More than the kernel's buffers and the gateway's take between a sender and one who does not read."""
+STUCK_SECONDS = 0.3
+
+
+class Pouring:
+    """Sends more than anybody takes who does not read, in a thread; `is_stuck` once no more of it goes."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.sent = random.Random(connection.fileno()).randbytes(FLOOD_BYTES)
+        self.is_stuck = threading.Event()
+        self._connection = connection
+        self._thread = threading.Thread(target=self._pour)
+        self._thread.start()
+
+    def _pour(self) -> None:
+        rest = memoryview(self.sent)
+        while rest and select.select([], [self._connection], [], STUCK_SECONDS)[1]:
+            rest = rest[self._connection.send(rest[:65536], socket.MSG_DONTWAIT) :]
+        if rest:
+            self.is_stuck.set()
+            self._connection.sendall(rest)
+
+    def wait(self) -> None:
+        self._thread.join(WAIT_SECONDS)
+
+
+class UnreadTarget(ScriptedTarget):
+    """A target that pours, reads nothing before it is told to, and then so much as a flood has; or that does not pour,
+    and reads to the end of file first. `read` is that."""
+
+    def __init__(self, *, pours: bool = False, reads_to_end: bool = False) -> None:
+        super().__init__(self._speak)
+        self.pouring: Pouring | None = None
+        self.may_read = threading.Event()
+        self.read = b""
+        self._pours = pours
+        self._reads_to_end = reads_to_end
+
+    def _speak(self, connection: socket.socket) -> None:
+        greet(connection)
+        if self._reads_to_end:
+            self.read = read_exactly(connection, FLOOD_BYTES)
+        if self._pours:
+            self.pouring = Pouring(connection)
+        assert self.may_read.wait(WAIT_SECONDS)
+        if not self._reads_to_end:
+            self.read = read_exactly(connection, FLOOD_BYTES)
+        if self.pouring is not None:
+            self.pouring.wait()
+
+    def is_stuck(self) -> bool:
+        return self.pouring is not None and self.pouring.is_stuck.is_set()
+
+
+def start_before(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator, target: ScriptedTarget, **settings: Any
+) -> Upgradable:
+    """A gateway whose authenticator names this target."""
+    return start_upgradable(authenticator(f"echo _META_TARGET_HOST=127.0.0.1:{target.port}; echo user=x"), **settings)
+
+
+def move_twice(upgradable: Upgradable) -> None:
+    for _ in range(2):
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+
+
+def test_a_session_whose_client_does_not_read_moves_with_what_it_is_owed(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator
+) -> None:
+    with UnreadTarget(pours=True) as target:
+        upgradable = start_before(start_upgradable, authenticator, target)
+        with RawClient(upgradable.port) as client:
+            client.log_in()
+            wait_until(target.is_stuck, "the target to be stuck")
+            move_twice(upgradable)
+            assert target.pouring is not None
+            assert read_exactly(client.socket, FLOOD_BYTES) == target.pouring.sent
+            sending = Pouring(client.socket)
+            target.may_read.set()
+            sending.wait()
+            assert client.read_to_end() == b""
+        wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
+        assert target.read == sending.sent
+
+
+def test_a_session_whose_target_does_not_read_moves_with_what_it_is_owed(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator
+) -> None:
+    with UnreadTarget() as target:
+        upgradable = start_before(start_upgradable, authenticator, target)
+        with RawClient(upgradable.port) as client:
+            client.log_in()
+            pouring = Pouring(client.socket)
+            assert pouring.is_stuck.wait(WAIT_SECONDS)
+            move_twice(upgradable)
+            target.may_read.set()
+            pouring.wait()
+            assert client.read_to_end() == b""
+        wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
+        (ended,) = upgradable.gateway.log_lines("session ended")
+        assert (ended["why"], ended["bytes_from_client"]) == ("target closed", FLOOD_BYTES)
+        assert target.read == pouring.sent
+
+
+def test_a_session_in_which_nobody_reads_moves_with_what_both_are_owed(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator
+) -> None:
+    with UnreadTarget(pours=True) as target:
+        upgradable = start_before(start_upgradable, authenticator, target, buffer_size=1 << 20)
+        with RawClient(upgradable.port) as client:
+            client.log_in()
+            pouring = Pouring(client.socket)
+            assert pouring.is_stuck.wait(WAIT_SECONDS)
+            wait_until(target.is_stuck, "the target to be stuck too")
+            move_twice(upgradable)
+            target.may_read.set()
+            assert target.pouring is not None
+            assert read_exactly(client.socket, FLOOD_BYTES) == target.pouring.sent
+            pouring.wait()
+            assert client.read_to_end() == b""
+        assert target.read == pouring.sent
+
+
+def test_a_half_closed_session_moves_and_gets_all_of_its_answer(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator
+) -> None:
+    with UnreadTarget(pours=True, reads_to_end=True) as target:
+        upgradable = start_before(start_upgradable, authenticator, target)
+        with RawClient(upgradable.port) as client:
+            client.log_in()
+            client.send(query("select 42"))
+            client.socket.shutdown(socket.SHUT_WR)
+            wait_until(target.is_stuck, "the target to be stuck")
+            assert target.read == query("select 42")
+            move_twice(upgradable)
+            target.may_read.set()
+            assert target.pouring is not None
+            assert read_exactly(client.socket, FLOOD_BYTES) == target.pouring.sent
+            assert client.read_to_end() == b""
+        wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
+        assert upgradable.gateway.log_lines("session ended")[0]["why"] == "client closed"
 
 
 def test_transactions_go_on_through_ten_upgrades(upgradable: Upgradable, postgres: ThrowawayPostgres) -> None:

@@ -107,6 +107,18 @@ def test_a_client_that_has_not_taken_its_answer_does_not_idle() -> None:
     assert watch.look(since + 25, held=False) is rules.IDLE_TOO_LONG
 
 
+def test_another_watch_goes_on_with_what_is_left() -> None:
+    observer = Observer()
+    since = observer.idle_since
+    assert since is not None
+    first = Watch(SessionRules(100, idle_timeout=10), since, observer)
+    assert first.look(since + 4, held=True) == 10
+    second = Watch.take_up(first.watched, observer)
+    assert second.look(since + 6, held=False) == pytest.approx(8)
+    assert second.look(since + 14, held=False) is rules.IDLE_TOO_LONG
+    assert second.look(since + 100, held=False) is rules.LIVED_TOO_LONG
+
+
 def test_nothing_is_looked_at_more_often_than_clocks_tick() -> None:
     watch = Watch(SessionRules(max_session_seconds=60), BEGAN, None)
     assert watch.look(BEGAN + 60 - 1e-9, held=False) == rules.LEAST_WAIT
