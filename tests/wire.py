@@ -45,9 +45,10 @@ def cancel_request(key: bytes) -> bytes:
     return struct.pack("!ii", 8 + len(key), CANCEL_REQUEST) + key
 
 
-def proxy_v1(source: str = "192.0.2.7", port: int = 56324, destination: str = "198.51.100.1") -> bytes:
+def proxy_v1(source: str = "192.0.2.7", port: int = 56324, destination: str = "") -> bytes:
     """A load balancer's header in version 1 of the PROXY protocol."""
     family = 6 if ":" in source else 4
+    destination = destination or ("::1" if family == 6 else "198.51.100.1")
     return f"PROXY TCP{family} {source} {destination} {port} 5432\r\n".encode()
 
 

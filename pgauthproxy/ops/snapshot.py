@@ -275,10 +275,15 @@ def _sum(mine: dict[str, int], theirs: dict[str, int]) -> dict[str, int]:
 
 
 def _merge_authenticators(mine: list[AuthenticatorRow], theirs: list[AuthenticatorRow]) -> list[AuthenticatorRow]:
-    """Those of a chain stand in the same order in every process, but while settings are read anew."""
-    if [row.kind for row in mine] != [row.kind for row in theirs]:
+    """Those of a chain stand in the same order in every process, but while settings are read anew.
+
+    What stands last may be missing in one: a cache is none before an answer is to be kept.
+    """
+    both = min(len(mine), len(theirs))
+    if [row.kind for row in mine[:both]] != [row.kind for row in theirs[:both]]:
         return mine + theirs
-    return [one.merge(other) for one, other in zip(mine, theirs, strict=True)]
+    merged = [one.merge(other) for one, other in zip(mine, theirs, strict=False)]
+    return merged + mine[both:] + theirs[both:]
 
 
 def _merge_targets(rows: Iterable[TargetRow]) -> list[TargetRow]:

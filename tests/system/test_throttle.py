@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ SHORT = {"failures": 2, "delay": 0.01, "max_delay": 0.02}
 """The fourth failure makes an address one that is refused."""
 LONG = {"failures": 1, "delay": 1000, "max_delay": 1000, "block": 0}
 """Whoever has failed once waits for as long as a login may take."""
+
+SPRAYED = 4000
+"""Addresses, several times as many as are remembered."""
 
 StartGuarded = Callable[..., Gateway]
 
@@ -96,6 +101,17 @@ def test_an_address_that_keeps_failing_is_refused_whoever_it_says_it_is(guarded:
     assert (refused["reason"], refused["fault_of"]) == ("too many failed logins of this address", "client")
 
 
+def test_each_failure_makes_the_next_login_wait_for_longer(guarded: StartGuarded) -> None:
+    gateway = guarded({"failures": 2, "delay": 0.1, "max_delay": 1000, "block": 0})
+    took = []
+    for _ in range(5):
+        began = time.monotonic()
+        assert refusal(gateway, ATTACKER, "alice")[0] == "28P01"
+        took.append(time.monotonic() - began)
+    for seconds, least in zip(took, (0, 0, 0.1, 0.2, 0.4), strict=True):
+        assert seconds >= least, took
+
+
 def test_the_block_ends(guarded: StartGuarded) -> None:
     gateway = guarded({"failures": 1, "delay": 0.02, "max_delay": 0.02, "block": 0.5})
     assert refusal(gateway, ATTACKER, "alice")[0] == "28P01"
@@ -114,12 +130,12 @@ def test_ipv6_addresses_of_one_network_are_one(guarded: StartGuarded) -> None:
     gateway = guarded(SHORT)
     for number in range(4):
         with RawClient(gateway.port) as client:
-            header = proxy_v1(f"2001:db8::{number}", destination="::1")
+            header = proxy_v1(f"2001:db8::{number}")
             client.send(header + startup(user=f"user{number}") + password("wrong"))
             client.read_to_end()
     for address, answer in (("2001:db8::ffff:1", b"E"), ("2001:db8:0:1::1", b"R")):
         with RawClient(gateway.port) as client:
-            client.send(proxy_v1(address, destination="::1") + startup())
+            client.send(proxy_v1(address) + startup())
             assert client.read_message()[0] == answer
 
 
@@ -206,6 +222,35 @@ def test_what_is_not_the_clients_fault_is_no_failure(guarded: StartGuarded) -> N
         client.read_message()
     gateway.wait_for("refused", reason="client left during its login")
     assert_let_in(gateway, ATTACKER, "alice")
+
+
+def test_a_spray_of_addresses_and_users_takes_no_memory_and_hides_no_attacker(
+    start_gateway: StartGateway, postgres: ThrowawayPostgres, tmp_path: Path
+) -> None:
+    (tmp_path / "guarding.py").write_text(
+        "from pgauthproxy.authenticator import Denied, Mapping\n\n\n"
+        "async def decide(request):\n"
+        f"    if request.password != {RIGHT!r}:\n        raise Denied('wrong')\n"
+        f"    return Mapping(host='127.0.0.1:{postgres.port}', user='postgres', database='postgres')\n"
+    )
+    kind = {"callable": "guarding:decide", "method": "cleartext"}
+    gateway = start_gateway(None, authenticator=kind, throttle=SHORT | {"max_entries": 1024}, **BALANCED)
+
+    def spray(numbers: range) -> set[str]:
+        addresses = (
+            f"2001:db8:{number:x}::1" if number % 2 else f"10.1.{number >> 8}.{number & 255}" for number in numbers
+        )
+        return {refusal(gateway, address, f"user {address}")[0] for address in addresses}
+
+    assert spray(range(SPRAYED // 10)) == {"28P01"}
+    before, descriptors = gateway.peak_bytes, gateway.descriptors
+    with ThreadPoolExecutor(4) as threads:
+        parts = threads.map(spray, (range(SPRAYED // 10 + part, SPRAYED, 4) for part in range(4)))
+        assert set().union(*parts) == {"28P01"}
+    assert gateway.peak_bytes - before < 4 << 20
+    wait_until(lambda: gateway.descriptors <= descriptors, "all connections to be given back")
+    assert [refusal(gateway, ATTACKER, "alice")[0] for _ in range(4)][-1] == "28000"
+    assert_let_in(gateway, OTHER, "bob")
 
 
 def test_this_machine_is_exempt_by_itself_and_those_that_a_balancer_there_names_are_not(guarded: StartGuarded) -> None:

@@ -91,6 +91,19 @@ def test_authenticators_are_summed_in_their_order() -> None:
     assert merged.authenticators == [AuthenticatorRow("worker", 2, 4, 6), AuthenticatorRow("command", 2, 0, 2)]
 
 
+def test_an_authenticator_that_only_one_process_has_yet_stands_once() -> None:
+    command, cache = AuthenticatorRow("command", 1, 0, 1), AuthenticatorRow("cache", 0, 2, 0)
+    one, other = snapshot(authenticators=[command]), snapshot(authenticators=[command, cache])
+    for merged in (one.merge(other), other.merge(one)):
+        assert merged.authenticators == [AuthenticatorRow("command", 2, 0, 2), cache]
+
+
+def test_an_audit_log_that_one_process_cannot_write_fails() -> None:
+    well, ill = snapshot(audit_lost=1), snapshot(audit_lost=2, audit_failing=True)
+    for merged in (well.merge(ill), ill.merge(well)):
+        assert (merged.audit_lost, merged.audit_failing) == (3, True)
+
+
 def test_what_is_bounded_stays_so_in_a_sum() -> None:
     def refusals(at: float) -> list[RefusalRow]:
         return [RefusalRow(at + number, "", "", "", "", "28P01", "") for number in range(MAX_REFUSALS)]
