@@ -9,15 +9,16 @@ import uvloop
 
 from pgauthproxy.auth.model import Authenticator
 from pgauthproxy.config.schema import Settings
-from pgauthproxy.events import Noticed
+from pgauthproxy.events import Noticed, ignore
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.operators import open_listeners as open_admin_listeners
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile, PidFileError
-from pgauthproxy.process import announce, hear_signals, ignore_warnings, prepare_process
+from pgauthproxy.process import announce, fitting, hear_signals, ignore_warnings, prepare_process
 from pgauthproxy.reload import OneAtATime, Read
 from pgauthproxy.service import Service
+from pgauthproxy.shared_counts import SharedCounts
 from pgauthproxy.upgrade import (
     Link,
     Relatives,
@@ -29,6 +30,7 @@ from pgauthproxy.upgrade import (
     hand_over_sessions,
     start_successor,
     take_listening,
+    when_exited,
 )
 from pgauthproxy.worker import Place, Worker
 
@@ -44,17 +46,21 @@ def serve(
     service: Service,
     words: Sequence[str],
     link: Link | None,
+    ledger: int = -1,
 ) -> None:
     """Runs until a signal ends it; `read` reads the settings anew. The program is started anew, for an
-    upgrade, with `words`; `link` leads to the process that is to be succeeded, if there is one.
+    upgrade, with `words`; `link` leads to the process that is to be succeeded, if there is one, and `ledger` is the
+    descriptor of what that counts in.
 
     Raises AuthenticatorConfigError, PidFileError and UpgradeError if it cannot begin to.
     """
     ignore_warnings()
     prepare_process()
-    place = Place(removes_files=not service.descriptors)
+    fitted = fitting(settings, ignore)
+    counts = SharedCounts.share(fitted, ledger) if ledger >= 0 else SharedCounts.begin(fitted)
+    place = Place(slot=counts.slot, removes_files=not service.descriptors, ledger=counts.descriptor)
     worker = Worker(settings, authenticator, listening, read, log, audit, place)
-    uvloop.run(_Alone(worker, log, service, words, admin_listening).run(link))
+    uvloop.run(_Alone(worker, counts, log, service, words, admin_listening).run(link))
 
 
 class _Alone:
@@ -63,6 +69,7 @@ class _Alone:
     def __init__(
         self,
         worker: Worker,
+        counts: SharedCounts,
         sink: LogSink,
         service: Service,
         words: Sequence[str],
@@ -70,6 +77,7 @@ class _Alone:
     ) -> None:
         assert worker.operators is not None  # noqa: S101 (it is the only worker)
         self._worker = worker
+        self._counts = counts
         self._operators = worker.operators
         self._admin_listening = admin_listening
         self._sink = sink
@@ -105,6 +113,7 @@ class _Alone:
             if predecessor is not None:
                 await predecessor.send(Serving())
                 is_in_force = True
+                when_exited(predecessor.other, self._counts.forget_the_dead)
                 attending = loop.create_task(self._relatives.attend(predecessor))
             await worker.serve()
             self._pid_file.give_up()
@@ -130,7 +139,9 @@ class _Alone:
             self._sink(Noticed("warning", "not upgraded: this process is on its way out"))
             return
         try:
-            pid, link = await start_successor(self._words, self._service.environment)
+            pid, link = await start_successor(
+                self._words, self._service.environment, self._counts.descriptor, self._counts.forget_the_dead
+            )
         except UpgradeError as error:
             self._failed(error)
             return

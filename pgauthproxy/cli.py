@@ -30,7 +30,7 @@ from pgauthproxy.release import version
 from pgauthproxy.service import Service
 from pgauthproxy.supervisor import WorkersFailedError
 from pgauthproxy.terminal import fail, read_password
-from pgauthproxy.upgrade import Link, UpgradeError
+from pgauthproxy.upgrade import TAKE_OVER, Link, UpgradeError
 from pgauthproxy.users_command import users
 
 
@@ -103,8 +103,8 @@ def _command(context: click.Context, /, **flags: Any) -> None:
         _serve(flags)
 
 
-def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
-    """`link` leads to a process that is to be succeeded."""
+def _serve(flags: dict[str, Any], link: Link | None = None, ledger: int = -1) -> None:
+    """`link` leads to a process that is to be succeeded, and `ledger` is what that counts in."""
     service = Service(os.environ)
     loaded = _load(flags)
     settings = loaded.settings
@@ -142,7 +142,9 @@ def _serve(flags: dict[str, Any], link: Link | None = None) -> None:
     try:
         if is_alone:
             words = _own_words()
-            alone.serve(settings, authenticator, listening, admin_listening, read, log, audit, service, words, link)
+            alone.serve(
+                settings, authenticator, listening, admin_listening, read, log, audit, service, words, link, ledger
+            )
         else:
             supervisor.supervise(settings, slots, read, log, audit, service)
     except (AuthenticatorConfigError, WorkersFailedError) as error:
@@ -228,15 +230,16 @@ def auth(
 def _own_words() -> list[str]:
     """The flags that this process was started with."""
     words = sys.argv[1:]
-    return words[:-2] if words[-2:-1] == ["take-over"] else words
+    return next((words[:-count] for count in (2, 3) if words[-count:][:1] == [TAKE_OVER]), words)
 
 
-@_command.command("take-over", hidden=True)
+@_command.command(TAKE_OVER, hidden=True)
 @click.argument("descriptor", type=int)
+@click.argument("ledger", type=int, default=-1)
 @click.pass_context
-def take_over(context: click.Context, descriptor: int) -> None:
+def take_over(context: click.Context, descriptor: int, ledger: int) -> None:
     """The successor of a gateway that is upgraded, as that one starts it."""
-    _serve(context.obj, Link(socket.socket(fileno=descriptor)))
+    _serve(context.obj, Link(socket.socket(fileno=descriptor)), ledger)
 
 
 @_command.command("worker", hidden=True)

@@ -26,6 +26,7 @@ from tests.conftest import WAIT_SECONDS, Gateway, StartGateway, WriteAuthenticat
 from tests.system.conftest import Backends, Run, assert_serves, environment, wait_until
 from tests.system.test_console import USERS, do, rows
 from tests.system.test_service_manager import Manager
+from tests.system.test_throttle import ATTACKER, BALANCED, BLOCKED, OTHER, SHORT, refusal
 from tests.tls import Authority
 from tests.wire import (
     RawClient,
@@ -648,49 +649,119 @@ def test_transactions_go_on_through_ten_upgrades(upgradable: Upgradable, postgre
 # What stays
 
 
-def test_a_session_with_tls_stays_until_it_ends_and_can_be_cancelled(
-    start_upgradable: StartUpgradable, authority: Authority, backends: Backends
-) -> None:
-    identity = authority.issue("upgraded", "localhost")
-    upgradable = start_upgradable(tls={"cert": str(identity.cert), "key": str(identity.key)})
-    name = f"staying {upgradable.port}"
+@contextlib.contextmanager
+def staying(upgradable: Upgradable, authority: Authority) -> Iterator[RawClient]:
+    """A client that speaks TLS."""
     with socket.create_connection(("127.0.0.1", upgradable.port), WAIT_SECONDS) as plain:
         plain.sendall(struct.pack("!ii", 8, 80877103))
         assert plain.recv(1) == b"S"
         client = RawClient.__new__(RawClient)
         with authority.client_context().wrap_socket(plain, server_hostname="localhost") as client.socket:
-            key = next(body for kind, body in client.log_in(application_name=name) if kind == b"K")
+            yield client
+
+
+def is_refused(upgradable: Upgradable) -> bool:
+    """Whether there is no place for another client of the same name."""
+    with RawClient(upgradable.port) as other:
+        other.send(startup())
+        kind, body = other.read_message()
+        if kind == b"R":
+            other.send(password())
+            kind, body = other.read_message()
+        assert kind == b"R" or error_fields(body)["C"] == "53300"
+        return kind == b"E"
+
+
+@pytest.fixture
+def with_tls(authority: Authority) -> dict[str, str]:
+    identity = authority.issue("upgraded", "localhost")
+    return {"cert": str(identity.cert), "key": str(identity.key)}
+
+
+@pytest.mark.parametrize("limit", ["max_clients", "max_clients_per_user", "max_clients_per_address"])
+def test_a_session_that_stays_counts_until_it_ends(
+    start_upgradable: StartUpgradable, authority: Authority, with_tls: dict[str, str], limit: str
+) -> None:
+    upgradable = start_upgradable(tls=with_tls, **{limit: 1})
+    with staying(upgradable, authority) as client:
+        client.log_in()
+        for _ in range(2):
             upgradable.upgrade()
-            upgradable.upgrade()
-            assert_serves(upgradable.port)
-            client.assert_served()
-            client.send(query("select pg_sleep(60)"))
-            wait_until(lambda: backends.sleeps_as(name), "the query to run")
-            # The newest process passes it on to the one between, which has nothing left but that.
-            with RawClient(upgradable.port) as other:
-                other.send(cancel_request(key))
-                assert other.read_to_end() == b""
-            assert [error_fields(body)["C"] for kind, body in client.read_until(b"Z") if kind == b"E"] == ["57014"]
-            assert all(map(is_alive, upgradable.pids))
-            client.send(message(b"X"))
-            with contextlib.suppress(ssl.SSLError):
-                client.read_to_end()
+        client.assert_served()
+        assert is_refused(upgradable)
+        client.send(message(b"X"))
+        with contextlib.suppress(ssl.SSLError):
+            client.read_to_end()
+    upgradable.wait_until_moved()
+    assert_serves(upgradable.port)
+
+
+def test_a_session_that_is_lost_with_its_old_process_counts_no_more(
+    start_upgradable: StartUpgradable, authority: Authority, with_tls: dict[str, str]
+) -> None:
+    upgradable = start_upgradable(tls=with_tls, max_clients=1)
+    # Its successor's: the first one must end in order.
+    upgradable.upgrade()
+    with staying(upgradable, authority) as client:
+        client.log_in()
+        upgradable.upgrade()
+        assert is_refused(upgradable)
+        os.kill(upgradable.pids[1], signal.SIGKILL)
+        wait_until(lambda: not is_refused(upgradable), "its place to be free")
+    assert_serves(upgradable.port)
+
+
+def test_who_was_refused_for_guessing_still_is(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator
+) -> None:
+    upgradable = start_upgradable(
+        authenticator("exit 1"), authenticator={"cleartext_password": True}, throttle=SHORT, **BALANCED
+    )
+    gateway = upgradable.gateway
+    answers = [refusal(gateway, ATTACKER, "alice") for _ in range(4)]
+    assert (answers[0][0], answers[-1]) == ("28P01", BLOCKED)
+    for _ in range(2):
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        assert refusal(gateway, ATTACKER, "bob") == BLOCKED
+        assert refusal(gateway, OTHER, f"bob {len(upgradable.pids)}")[0] == "28P01"
+
+
+def test_a_session_with_tls_stays_until_it_ends_and_can_be_cancelled(
+    start_upgradable: StartUpgradable, authority: Authority, with_tls: dict[str, str], backends: Backends
+) -> None:
+    upgradable = start_upgradable(tls=with_tls)
+    name = f"staying {upgradable.port}"
+    with staying(upgradable, authority) as client:
+        key = next(body for kind, body in client.log_in(application_name=name) if kind == b"K")
+        upgradable.upgrade()
+        upgradable.upgrade()
+        assert_serves(upgradable.port)
+        client.assert_served()
+        client.send(query("select pg_sleep(60)"))
+        wait_until(lambda: backends.sleeps_as(name), "the query to run")
+        # The newest process passes it on to the one between, which has nothing left but that.
+        with RawClient(upgradable.port) as other:
+            other.send(cancel_request(key))
+            assert other.read_to_end() == b""
+        assert [error_fields(body)["C"] for kind, body in client.read_until(b"Z") if kind == b"E"] == ["57014"]
+        assert all(map(is_alive, upgradable.pids))
+        client.send(message(b"X"))
+        with contextlib.suppress(ssl.SSLError):
+            client.read_to_end()
     upgradable.wait_until_moved()
 
 
-def test_an_old_process_can_be_told_to_end(start_upgradable: StartUpgradable, authority: Authority) -> None:
-    identity = authority.issue("ended", "localhost")
-    upgradable = start_upgradable(tls={"cert": str(identity.cert), "key": str(identity.key)}, drain_timeout=0)
-    with socket.create_connection(("127.0.0.1", upgradable.port), WAIT_SECONDS) as plain:
-        plain.sendall(struct.pack("!ii", 8, 80877103))
-        assert plain.recv(1) == b"S"
-        client = RawClient.__new__(RawClient)
-        with authority.client_context().wrap_socket(plain, server_hostname="localhost") as client.socket:
-            client.log_in()
-            upgradable.upgrade()
-            client.assert_served()
-            upgradable.gateway.process.send_signal(signal.SIGTERM)
-            assert client.read_fatal()[0] == "57P01"
+def test_an_old_process_can_be_told_to_end(
+    start_upgradable: StartUpgradable, authority: Authority, with_tls: dict[str, str]
+) -> None:
+    upgradable = start_upgradable(tls=with_tls, drain_timeout=0)
+    with staying(upgradable, authority) as client:
+        client.log_in()
+        upgradable.upgrade()
+        client.assert_served()
+        upgradable.gateway.process.send_signal(signal.SIGTERM)
+        assert client.read_fatal()[0] == "57P01"
     upgradable.wait_until_moved()
     assert_serves(upgradable.port)
 
