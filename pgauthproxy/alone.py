@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import socket
 from collections.abc import Sequence
 
 import uvloop
@@ -10,6 +11,7 @@ import uvloop
 from pgauthproxy.auth.model import Authenticator
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.events import Noticed, ignore
+from pgauthproxy.net import listen
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.operators import open_listeners as open_admin_listeners
 from pgauthproxy.ops.audit import AuditSink
@@ -30,6 +32,7 @@ from pgauthproxy.upgrade import (
     hand_over_sessions,
     start_successor,
     take_listening,
+    until_exited,
     when_exited,
 )
 from pgauthproxy.worker import Place, Worker
@@ -80,6 +83,7 @@ class _Alone:
         self._counts = counts
         self._operators = worker.operators
         self._admin_listening = admin_listening
+        self._admin_unwanted: list[StreamSocket] = []
         self._sink = sink
         self._service = service
         self._words = words
@@ -113,6 +117,7 @@ class _Alone:
             if predecessor is not None:
                 await predecessor.send(Serving())
                 is_in_force = True
+                self._drop_unwanted()
                 when_exited(predecessor.other, self._counts.forget_the_dead)
                 attending = loop.create_task(self._relatives.attend(predecessor))
             await worker.serve()
@@ -132,6 +137,8 @@ class _Alone:
             await self._upgrading.close()
             await self._operators.close(removes_files=is_in_force)
             await worker.close()
+            # Whoever asks for an end now is getting it. The loop, as it closes, would leave the signal to the kernel.
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2))
         self._sink(Noticed("info", "ended"))
 
     async def _upgrade(self) -> None:
@@ -164,6 +171,8 @@ class _Alone:
             await expect(link, Serving)
         except UpgradeError as error:
             abandon(pid, link)
+            # It may have the lock of the file.
+            await until_exited(pid)
             with contextlib.suppress(PidFileError):
                 self._pid_file.take()
             self._worker.listen()
@@ -181,9 +190,16 @@ class _Alone:
         settings = self._worker.reloads.settings
         if taken and settings.admin.listen:
             return taken
-        for each in taken:
-            each.close()
+        self._admin_unwanted = taken
         return open_admin_listeners(settings)
+
+    def _drop_unwanted(self) -> None:
+        """Nobody serves operators there any more."""
+        for each in self._admin_unwanted:
+            if each.family == socket.AF_UNIX:
+                listen.remove_file(each.getsockname())
+            each.close()
+        self._admin_unwanted = []
 
     async def _hand_over(self, link: Link) -> None:
         attending = asyncio.get_running_loop().create_task(self._relatives.attend(link))

@@ -328,6 +328,13 @@ def when_exited(pid: int, call: Callable[[], object]) -> None:
     loop.add_reader(exited, tell)
 
 
+async def until_exited(pid: int) -> None:
+    """Waits until the process is gone, and with it what it has held: locks, sockets."""
+    exited = asyncio.Event()
+    when_exited(pid, exited.set)
+    await exited.wait()
+
+
 async def hand_over_sessions(gateway: Gateway, link: Link, sink: Sink) -> None:
     """Hands over all sessions that can be, some of them later; returns when there are none, or no successor."""
 

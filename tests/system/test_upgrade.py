@@ -67,9 +67,6 @@ class Upgradable:
         wait_until(lambda: not any(map(is_alive, self.pids[:-1])), "all older processes to be gone")
 
     def stop(self) -> None:
-        if len(self.pids) > 1:
-            # It has nothing left: a signal while it ends would be its end.
-            self.gateway.process.wait(WAIT_SECONDS)
         for pid in self.pids[1:]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -179,6 +176,17 @@ def test_operators_go_on_too_and_see_who_has_moved(
         wait_until(lambda: state() == [("alice", here)], "the session to be seen where it is now")
     upgradable.stop()
     assert not path.exists()
+
+
+def test_where_operators_are_served_no_more_no_file_is_left(start_upgradable: StartUpgradable, tmp_path: Path) -> None:
+    path = tmp_path / "admin"
+    upgradable = start_upgradable(admin={"listen": f"unix:{path}"})
+    upgradable.gateway.wait_for("serving operators")
+    upgradable.gateway.rewrite(admin={"listen": ""})
+    upgradable.upgrade()
+    upgradable.wait_until_moved()
+    assert not path.exists()
+    assert_serves(upgradable.port)
 
 
 def test_a_query_that_runs_meanwhile_is_answered(upgradable: Upgradable, backends: Backends) -> None:
@@ -811,6 +819,44 @@ def test_a_new_process_that_cannot_write_its_pid_file_leaves_the_old_one_as_it_w
         client.assert_served()
         assert_serves(upgradable.port)
     assert is_alive(upgradable.gateway.pid)
+
+
+def test_a_new_process_that_ends_before_the_old_one_believes_it_leaves_that_as_it_was(
+    start_upgradable: StartUpgradable, tmp_path: Path
+) -> None:
+    """It accepts by then. What it waits for is a service manager that reads nothing."""
+    path, pid_file = tmp_path / "admin", tmp_path / "pid"
+    with contextlib.closing(Manager(str(tmp_path / "notify"))) as manager:
+        upgradable = start_upgradable(
+            environment=manager.environment, admin={"listen": f"unix:{path}"}, pid_file=str(pid_file), max_clients=1
+        )
+        gateway = upgradable.gateway
+        with RawClient(upgradable.port) as client:
+            client.log_in()
+            manager.fill()
+            gateway.process.send_signal(signal.SIGUSR2)
+            gateway.wait_for("serving operators", 2)
+            (successor,) = gateway.children
+            os.kill(successor, signal.SIGKILL)
+            gateway.wait_for("upgrade failed, this process goes on")
+            client.assert_served()
+            assert is_refused(upgradable)
+            client.send(message(b"X"))
+            client.read_to_end()
+        wait_until(lambda: not is_refused(upgradable), "the place of the client to be free")
+        assert_serves(upgradable.port)
+        assert pid_file.read_text() == f"{gateway.pid}\n"
+        assert path.is_socket()
+        assert gateway.process.poll() is None
+
+
+def test_who_ends_anyway_ends_in_order_however_often_it_is_told_to(upgradable: Upgradable) -> None:
+    upgradable.upgrade()
+    process = upgradable.gateway.process
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
+    assert_serves(upgradable.port)
 
 
 # Who is told
