@@ -8,7 +8,8 @@ holds up the others until it goes on or is killed.)
 Strategy. A process may be killed at any instruction, also in the middle of an operation. So the mutex is a robust one
 (the next to take it is told, and goes on), and the tables are such that no half-done operation breaks them: nothing
 links one entry to another, and no sum is kept that could differ from what it is the sum of. Each count stands once for
-each worker, in its slot; a supervisor that sees a worker die clears that slot, and with it all that the worker had.
+each worker, in its slot; who sees a worker die (a supervisor, or a process that has taken over from another) clears
+that slot, and with it all that the worker had.
 
 Counts are found by open addressing with linear probing. Their entries must not move, since whoever has counted
 something holds the entry's index; one that counts nothing any more may be taken over by another key, and is emptied
@@ -79,7 +80,7 @@ cdef extern from *:
     void *MAP_FAILED
 
 cdef enum:
-    MAGIC = 0x70676c31
+    MAGIC = 0x70676c32
     PAGE_BYTES = 4096
     MOST_SLOTS = 64
     TOTALS = 2
@@ -102,6 +103,7 @@ cdef struct Header:
     uint64_t magic
     uint64_t entries
     uint64_t sets
+    uint64_t used
     uint64_t[4] secret
     uint32_t[TOTALS][MOST_SLOTS] totals
     pthread_mutex_t mutex
@@ -212,15 +214,24 @@ cdef class Ledger:
             self._prepare(size, max(1, failures // WAYS))
             return
         # Whoever comes first makes the tables; the others wait until they stand.
-        fcntl.lockf(fd, fcntl.LOCK_EX)
+        fcntl.lockf(fd, fcntl.LOCK_EX, 1, 0)
         try:
             self._open(fd, size, max(1, failures // WAYS))
         finally:
-            fcntl.lockf(fd, fcntl.LOCK_UN)
+            fcntl.lockf(fd, fcntl.LOCK_UN, 1, 0)
 
     def __dealloc__(self):
         if self._header != NULL:
             munmap(self._header, self._bytes)
+
+    def suits(self, Py_ssize_t entries, Py_ssize_t failures):
+        """Whether the first one could have asked for these sizes: there are so many entries, or more."""
+        return self._header.entries >= <size_t>max(entries, 0) and self._header.sets == max(1, failures // WAYS)
+
+    @property
+    def slots(self):
+        """Those that were counted in since they were cleared."""
+        return [slot for slot in range(MOST_SLOTS) if self._header.used >> slot & 1]
 
     def begin(self, int total, uint64_t most):
         """Counts one more of CLIENTS or LOGINS; False, and nothing is counted, if there are `most` already."""
@@ -229,6 +240,7 @@ cdef class Ledger:
         ledger_lock(&self._header.mutex)
         free = sum_of(counts) < most
         if free:
+            self._header.used |= <uint64_t>1 << self._slot
             counts[self._slot] += 1
         pthread_mutex_unlock(&self._header.mutex)
         return free
@@ -258,6 +270,7 @@ cdef class Ledger:
         place = self._find(&wanted, True)
         if place != NONE:
             if sum_of(self._row(place)) < most:
+                self._header.used |= <uint64_t>1 << self._slot
                 self._keys[place] = wanted
                 self._row(place)[self._slot] += 1
             else:
@@ -294,6 +307,7 @@ cdef class Ledger:
         if not 0 <= slot < MOST_SLOTS:
             raise ValueError(f"slot {slot}: there are {MOST_SLOTS}")
         ledger_lock(&self._header.mutex)
+        self._header.used &= ~(<uint64_t>1 << slot)
         for total in range(TOTALS):
             self._header.totals[total][slot] = 0
         for place in range(<Py_ssize_t>self._mask, -1, -1):
@@ -418,6 +432,8 @@ cdef class Ledger:
         memcpy(&found, PyBytes_AS_STRING(head), PyBytes_GET_SIZE(head))
         if found.magic == MAGIC:
             return self._map(fd, found.entries, found.sets)
+        if found.magic:
+            raise ValueError("this is no ledger, or another version's")
         self._map(fd, entries, sets)
         return self._prepare(entries, sets)
 

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 import uvloop
 
-from pgauthproxy import operators
 from pgauthproxy.auth.model import Authenticator
 from pgauthproxy.config.schema import Settings
-from pgauthproxy.events import Noticed
+from pgauthproxy.events import Noticed, ignore
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.operators import Operators, open_console
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile, PidFileError
-from pgauthproxy.process import announce, hear_signals, ignore_warnings, prepare_process
+from pgauthproxy.process import announce, fitting, hear_no_more, hear_signals, ignore_warnings, prepare_process
 from pgauthproxy.reload import OneAtATime, Read
 from pgauthproxy.service import Service
+from pgauthproxy.shared_counts import SharedCounts, hold
 from pgauthproxy.upgrade import (
     Link,
     Relatives,
@@ -30,6 +30,8 @@ from pgauthproxy.upgrade import (
     hand_over,
     start_successor,
     take_listening,
+    until_exited,
+    when_exited,
 )
 from pgauthproxy.worker import Place, Worker
 
@@ -45,17 +47,24 @@ def serve(
     service: Service,
     words: Sequence[str],
     link: Link | None,
+    ledger: int = -1,
 ) -> None:
     """Runs until a signal ends it; `read` reads the settings anew. The program is started anew, for an
-    upgrade, with `words`; `link` leads to the process that is to be succeeded, if there is one.
+    upgrade, with `words`; `link` leads to the process that is to be succeeded, if there is one, and `ledger` is the
+    descriptor of what that counts in.
 
     Raises AuthenticatorConfigError, PidFileError and UpgradeError if it cannot begin to.
     """
     ignore_warnings()
     prepare_process()
-    place = Place(removes_files=not service.descriptors)
+    fitted, _ = fitting(settings, ignore)
+    counts = SharedCounts.share(fitted, ledger) if ledger >= 0 else SharedCounts.begin(fitted)
+    slot = counts.slots[0]
+    if counts.descriptor >= 0:
+        hold(counts.descriptor, slot)
+    place = Place(removes_files=not service.descriptors, ledger=counts.descriptor, ledger_slot=slot)
     worker = Worker(settings, authenticator, listening, read, log, audit, place)
-    uvloop.run(_Alone(worker, log, service, words, admin_listening).run(link))
+    uvloop.run(_Alone(worker, counts, log, service, words, admin_listening).run(link))
 
 
 class _Alone:
@@ -64,12 +73,14 @@ class _Alone:
     def __init__(
         self,
         worker: Worker,
+        counts: SharedCounts,
         sink: LogSink,
         service: Service,
         words: Sequence[str],
         admin_listening: list[StreamSocket],
     ) -> None:
         self._worker = worker
+        self._counts = counts
         self._operators = Operators(admin_listening, worker.own.snapshot, worker.own.act, worker.sink)
         open_console(worker.gateway, worker.own.snapshot, worker.own.act, lambda: worker.reloads.settings, worker.sink)
         self._sink = sink
@@ -93,7 +104,7 @@ class _Alone:
                 worker.succeed(said.generation, said.removes_files, listening)
                 if said.is_paused:
                     self._relatives.pause(predecessor)
-                self._operators.listening = operators.fitting(worker.reloads.settings, admin_listening)
+                self._operators.take_over(worker.reloads.settings, admin_listening)
             hear_signals(worker.drain, worker.end_now, worker.reloads.reloading, self._service)
             self._pid_file.take()
             worker.listen()
@@ -105,6 +116,8 @@ class _Alone:
             if predecessor is not None:
                 await predecessor.send(Serving())
                 is_in_force = True
+                self._operators.drop_unwanted()
+                when_exited(predecessor.other, self._counts.forget_the_dead)
                 attending = loop.create_task(self._relatives.attend(predecessor))
             await worker.serve()
             self._pid_file.give_up()
@@ -123,6 +136,7 @@ class _Alone:
             await self._upgrading.close()
             await self._operators.close(removes_files=is_in_force)
             await worker.close()
+            hear_no_more()
         self._sink(Noticed("info", "ended"))
 
     async def _upgrade(self) -> None:
@@ -130,7 +144,9 @@ class _Alone:
             self._sink(Noticed("warning", "not upgraded: this process is on its way out"))
             return
         try:
-            pid, link = await start_successor(self._words, self._service.environment)
+            pid, link = await start_successor(
+                self._words, self._service.environment, self._counts.descriptor, self._counts.forget_the_dead
+            )
         except UpgradeError as error:
             self._failed(error)
             return
@@ -153,6 +169,8 @@ class _Alone:
             await expect(link, Serving)
         except UpgradeError as error:
             abandon(pid, link)
+            # It may have the lock of the file.
+            await until_exited(pid)
             with contextlib.suppress(PidFileError):
                 self._pid_file.take()
             self._worker.listen()

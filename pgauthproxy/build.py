@@ -269,8 +269,16 @@ def build_audit(settings: Settings, complain: Sink) -> AuditSink | None:
 
 def build_ledger(settings: Settings, fd: int = -1, slot: int = 0) -> Ledger:
     """The counts of the gateway: those of a memfd, seen from one worker's slot, or of this process alone."""
-    entries = LEDGER_ENTRIES_OF_A_CLIENT * settings.max_clients
-    return Ledger(fd, slot, entries=entries, failures=settings.throttle.max_entries)
+    return Ledger(fd, slot, *_ledger_sizes(settings))
+
+
+def suits(ledger: Ledger, settings: Settings) -> bool:
+    """Whether a ledger that was built for other settings would do."""
+    return ledger.suits(*_ledger_sizes(settings))
+
+
+def _ledger_sizes(settings: Settings) -> tuple[int, int]:
+    return LEDGER_ENTRIES_OF_A_CLIENT * settings.max_clients, settings.throttle.max_entries
 
 
 def build_limits(settings: Settings, ledger: Ledger) -> Limits:

@@ -30,7 +30,7 @@ from pgauthproxy.release import version
 from pgauthproxy.service import Service
 from pgauthproxy.supervisor import WorkersFailedError
 from pgauthproxy.terminal import fail, read_password
-from pgauthproxy.upgrade import Link, UpgradeError
+from pgauthproxy.upgrade import TAKE_OVER, Link, UpgradeError
 from pgauthproxy.users_command import users
 
 
@@ -103,8 +103,9 @@ def _command(context: click.Context, /, **flags: Any) -> None:
         _serve(flags)
 
 
-def _serve(flags: dict[str, Any], link: Link | None = None, taken_workers: int = 0) -> None:
-    """`link` leads to a process that is to be succeeded, which is a supervisor if it has `taken_workers`."""
+def _serve(flags: dict[str, Any], link: Link | None = None, ledger: int = -1, taken_workers: int = 0) -> None:
+    """`link` leads to a process that is to be succeeded, which counts in `ledger`, and is a supervisor if it has
+    `taken_workers`."""
     service = Service(os.environ)
     loaded = _load(flags)
     settings = loaded.settings
@@ -142,9 +143,11 @@ def _serve(flags: dict[str, Any], link: Link | None = None, taken_workers: int =
     words = _own_words()
     try:
         if is_alone:
-            alone.serve(settings, authenticator, listening, admin_listening, read, log, audit, service, words, link)
+            alone.serve(
+                settings, authenticator, listening, admin_listening, read, log, audit, service, words, link, ledger
+            )
         else:
-            supervisor.supervise(settings, slots, admin_listening, read, log, audit, service, words, link)
+            supervisor.supervise(settings, slots, admin_listening, read, log, audit, service, words, link, ledger)
     except (AuthenticatorConfigError, WorkersFailedError) as error:
         fail(*error.faults)
     except (PidFileError, UpgradeError, listen.ListenError) as error:
@@ -228,16 +231,17 @@ def auth(
 def _own_words() -> list[str]:
     """The flags that this process was started with."""
     words = sys.argv[1:]
-    return words[:-3] if words[-3:-2] == ["take-over"] else words
+    return words[:-4] if words[-4:-3] == [TAKE_OVER] else words
 
 
-@_command.command("take-over", hidden=True)
+@_command.command(TAKE_OVER, hidden=True)
 @click.argument("descriptor", type=int)
+@click.argument("ledger", type=int)
 @click.argument("workers", type=int)
 @click.pass_context
-def take_over(context: click.Context, descriptor: int, workers: int) -> None:
+def take_over(context: click.Context, descriptor: int, ledger: int, workers: int) -> None:
     """The successor of a gateway that is upgraded, as that one starts it."""
-    _serve(context.obj, Link(socket.socket(fileno=descriptor)), workers)
+    _serve(context.obj, Link(socket.socket(fileno=descriptor)), ledger, workers)
 
 
 @_command.command("worker", hidden=True)

@@ -29,7 +29,8 @@ class Begin(Frame, frozen=True):
 
     `slot` is its place among the workers, which its successor has too; `generation` is its own. `removes_files`: those
     of Unix sockets, should the supervisor no longer be there to do it. `proxy_protocol`: which of the descriptors it is
-    spoken on. `ledger`: the descriptor of the counts that all workers share, -1 if each has its own. `is_only`: whether
+    spoken on. `ledger`: the descriptor of the counts that all workers share, -1 if each has its own, and
+    `ledger_slot` this one's place in them. `is_only`: whether
     there are no others. `is_paused`:
     whether logins are to wait from the start. `predecessor` leads to the process whose sessions are to be taken over,
     -1 if there is none, and `successor` to the one that may take them over from here, once there is one.
@@ -42,6 +43,7 @@ class Begin(Frame, frozen=True):
     proxy_protocol: tuple[bool, ...]
     removes_files: bool
     ledger: int
+    ledger_slot: int
     is_only: bool
     is_paused: bool
     predecessor: int

@@ -41,15 +41,6 @@ def open_listeners(settings: Settings) -> list[StreamSocket]:
         raise ListenError(f"admin.{error}") from None
 
 
-def fitting(settings: Settings, taken: list[StreamSocket]) -> list[StreamSocket]:
-    """What operators are to be served on, where these sockets are taken over. Raises ListenError."""
-    if taken and settings.admin.listen:
-        return taken
-    for each in taken:
-        each.close()
-    return open_listeners(settings)
-
-
 def remove_files(settings: Settings) -> None:
     """Removes what the process that served operators cannot remove any more, since it is gone."""
     if settings.admin.listen:
@@ -95,7 +86,22 @@ class Operators:
         self._take = take
         self._act = act
         self._sink = sink
+        self._unwanted: list[StreamSocket] = []
         self._server: AdminServer | None = None
+
+    def take_over(self, settings: Settings, taken: list[StreamSocket]) -> None:
+        """To be served on what another process has served on, if the settings still want that. Raises ListenError."""
+        if taken and settings.admin.listen:
+            self.listening = taken
+        else:
+            self._unwanted = taken
+            self.listening = open_listeners(settings)
+
+    def drop_unwanted(self) -> None:
+        """Nobody serves any more on what was taken over, and is not wanted."""
+        for each in self._unwanted:
+            listen.close(each)
+        self._unwanted = []
 
     def serve(self, settings: Settings) -> None:
         if not self.listening:

@@ -50,6 +50,11 @@ def hear_signals(drain: TellWhy, end_now: TellWhy, reloading: OneAtATime, servic
     loop.add_signal_handler(signal.SIGHUP, reload)
 
 
+def hear_no_more() -> None:
+    """Whoever asks for an end now is getting it. The loop, as it closes, would leave the signal to the kernel."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2))
+
+
 def announce(settings: Settings, listening: Sequence[StreamSocket], sink: Sink) -> None:
     """Tells where clients may connect now."""
     for each in listening:

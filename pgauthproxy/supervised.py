@@ -45,6 +45,7 @@ from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.ops.snapshot import Snapshot
 from pgauthproxy.process import ignore_warnings, prepare_process
+from pgauthproxy.shared_counts import hold
 from pgauthproxy.upgrade import Link, Relatives, hand_over
 from pgauthproxy.worker import Place, Worker
 
@@ -97,8 +98,17 @@ async def _serve(channel: Channel, begin: Begin, sink: LogSink, audit: AuditSink
     if authenticator is None or faults:
         channel.send(Failed(tuple(faults)))
         return CANNOT_BEGIN
+    if begin.ledger >= 0:
+        hold(begin.ledger, begin.ledger_slot)
     latest = Latest(begin.settings)
-    place = Place(begin.slot, begin.generation, removes_files=False, ledger=begin.ledger, is_only=begin.is_only)
+    place = Place(
+        begin.slot,
+        begin.generation,
+        removes_files=False,
+        ledger=begin.ledger,
+        ledger_slot=begin.ledger_slot,
+        is_only=begin.is_only,
+    )
     worker = Worker(begin.settings, authenticator, listening, latest.read, sink, audit, place)
     try:
         await worker.start()

@@ -23,9 +23,8 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from pgauthproxy import operators, program
-from pgauthproxy._ledger import Ledger
-from pgauthproxy.build import build_ledger, examine, with_lasting_seed
+from pgauthproxy import program
+from pgauthproxy.build import examine, with_lasting_seed
 from pgauthproxy.config.load import ConfigError
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.control import (
@@ -56,9 +55,10 @@ from pgauthproxy.ops.acts import Pause, Resume
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.pid_file import PidFile, PidFileError
-from pgauthproxy.process import announce, hear_signals, prepare_process
+from pgauthproxy.process import announce, hear_no_more, hear_signals, prepare_process
 from pgauthproxy.reload import CONFIGURATION, LOADED, NOT_LOADED, OneAtATime, Read, changed_keys, complain, keep_fixed
 from pgauthproxy.service import Service
+from pgauthproxy.shared_counts import SharedCounts
 from pgauthproxy.upgrade import (
     Link,
     Serving,
@@ -69,6 +69,8 @@ from pgauthproxy.upgrade import (
     expect,
     start_successor,
     take_gateway,
+    until_exited,
+    when_exited,
 )
 from pgauthproxy.whole import Part, Whole
 
@@ -157,28 +159,18 @@ def supervise(
     service: Service,
     words: Sequence[str],
     link: Link | None,
+    ledger: int,
 ) -> None:
     """Runs until a signal ends it. The program is started anew, for an upgrade, with `words`; `link` leads to the
-    supervisor that is to be succeeded, if there is one.
+    supervisor that is to be succeeded, if there is one, and `ledger` is the descriptor of what that counts in.
 
     Raises WorkersFailedError, PidFileError and UpgradeError if it cannot begin to.
     """
     prepare_process()
-    counts = Counts(settings)
-    asyncio.run(Supervisor(settings, slots, admin_listening, counts, read, log, audit, service, words).run(link))
-
-
-class Counts:
-    """What workers share: the memory in which they count, where there is such a thing."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.descriptor = os.memfd_create("pgauthproxy-ledger") if hasattr(os, "memfd_create") else -1
-        self._ledger: Ledger | None = build_ledger(settings, self.descriptor) if self.descriptor >= 0 else None
-
-    def forget(self, slot: int) -> None:
-        """Its worker is no more."""
-        if self._ledger is not None:
-            self._ledger.clear_slot(slot)
+    # Those of a gateway that is to be succeeded are asked for later, once it has said which parts of them it has.
+    counts = SharedCounts.begin(settings, len(slots)) if link is None else SharedCounts(-1, (), None)
+    supervisor = Supervisor(settings, slots, admin_listening, counts, read, log, audit, service, words)
+    asyncio.run(supervisor.run(link, ledger))
 
 
 class Supervisor:
@@ -189,7 +181,7 @@ class Supervisor:
         settings: Settings,
         slots: list[Slot],
         admin_listening: list[StreamSocket],
-        counts: Counts,
+        counts: SharedCounts,
         read: Read,
         log: LogSink,
         audit: AuditSink | None,
@@ -228,9 +220,9 @@ class Supervisor:
         self._whole = Whole(lambda: self._is_draining, audit)
         self._operators = Operators(admin_listening, self._whole.snapshot, self._whole.act, sink)
 
-    async def run(self, predecessor: Link | None) -> None:
+    async def run(self, predecessor: Link | None, ledger: int) -> None:
         if predecessor is not None:
-            await self._take_over(predecessor)
+            await self._take_over(predecessor, ledger)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._collect)
         loop.add_signal_handler(signal.SIGUSR2, self._upgrading.ask)
@@ -258,6 +250,7 @@ class Supervisor:
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait([watching, *self._tasks])
+            hear_no_more()
         if self._faults:
             raise WorkersFailedError(list(self._faults))
         self._sink(Noticed("info", "ended"))
@@ -274,7 +267,9 @@ class Supervisor:
                 self._service.ready()
                 if predecessor is not None:
                     await predecessor.send(Serving())
+                    when_exited(predecessor.other, self._counts.forget_the_dead)
                     predecessor.close()
+                    self._operators.drop_unwanted()
                 self._is_in_force = True
                 await self._leaving.wait()
             self._pid_file.give_up()
@@ -284,14 +279,18 @@ class Supervisor:
 
     # Upgrades
 
-    async def _take_over(self, predecessor: Link) -> None:
+    async def _take_over(self, predecessor: Link, ledger: int) -> None:
         """Everything but the sessions, which workers take from workers. Raises UpgradeError."""
         self._is_in_force = False
         taken, admin_listening, slots = await take_gateway(predecessor)
         self._generations, self._removes_files, self._seed = taken.generation, taken.removes_files, taken.seed
         self._whole.is_paused = taken.is_paused
-        self._operators.listening = operators.fitting(self._settings, admin_listening)
+        self._operators.take_over(self._settings, admin_listening)
         self._slots = [Slot(listening, predecessor=worker) for listening, worker in slots]
+        if ledger >= 0:
+            self._counts = SharedCounts.share(self._settings, ledger, len(slots), taken.ledger_slots)
+        else:
+            self._counts = SharedCounts.begin(self._settings, len(slots))
 
     async def _upgrade(self) -> None:
         reason = ""
@@ -303,7 +302,13 @@ class Supervisor:
             self._sink(Noticed("warning", reason))
             return
         try:
-            pid, link = await start_successor(self._words, self._service.environment, len(self._slots))
+            pid, link = await start_successor(
+                self._words,
+                self._service.environment,
+                self._counts.descriptor,
+                self._counts.forget_the_dead,
+                len(self._slots),
+            )
         except UpgradeError as error:
             self._upgrade_failed(error)
             return
@@ -316,6 +321,8 @@ class Supervisor:
             await expect(link, Serving)
         except UpgradeError as error:
             abandon(pid, link)
+            # It may have the lock of the file.
+            await until_exited(pid)
             with contextlib.suppress(PidFileError):
                 self._pid_file.take()
             self._upgrade_failed(error)
@@ -332,7 +339,9 @@ class Supervisor:
         """Offers everything but the sessions."""
         operators_sockets = [each.fileno() for each in self._operators.listening]
         paused = self._whole.is_paused
-        said = TakeGateway(self._generations, self._removes_files, paused, self._seed, len(self._slots))
+        said = TakeGateway(
+            self._generations, self._removes_files, paused, self._seed, len(self._slots), tuple(self._counts.slots)
+        )
         await link.send(said, operators_sockets)
         for slot in self._slots:
             marks = tuple(each.proxy_protocol for each in slot.listening)
@@ -408,6 +417,7 @@ class Supervisor:
             tuple(each.proxy_protocol for each in listening),
             self._removes_files,
             self._counts.descriptor,
+            self._counts.slots[child.slot],
             len(self._slots) == 1,
             child.was_paused,
             *child.relatives,
@@ -479,7 +489,7 @@ class Supervisor:
             self._whole.leave(child.part)
         slot = self._slots[child.slot]
         slot.child = None
-        self._counts.forget(child.slot)
+        self._counts.forget(self._counts.slots[child.slot])
         if self._is_draining or self._is_succeeded:
             self._check_end()
         elif not self._is_serving and not self._faults:

@@ -12,6 +12,7 @@ Strategy:
   is given back here, and a login in progress, until it is done.
   This process lives for as long as it has any, and as long as that which it has itself taken over from.
 - Logins that are paused are so in both, and go on in both.
+- Both count in the same memory (shared_counts.py), so that limits and throttle hold for what is in either.
 - A cancel request goes to whichever of the two has the session.
 """
 
@@ -21,6 +22,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
@@ -49,6 +51,10 @@ PIECE_BYTES: Final = 32_768
 PIECE: Final = b"\xc1"
 LAST_PIECE: Final = b"\xc0"
 """What no frame begins with."""
+TAKE_OVER: Final = "take-over"
+"""The command that the new process is started with."""
+CREDENTIALS: Final = struct.Struct("iII")
+"""The kernel's struct ucred."""
 INT_BYTES: Final = array.array("i").itemsize
 
 
@@ -79,13 +85,14 @@ class Resumed(Frame, frozen=True):
 class TakeGateway(Frame, frozen=True):
     """To a new supervisor, with the sockets that operators are served on: what its workers' generations begin with,
     whether files of Unix sockets are to be removed in the end, whether logins are paused, and what salts are made up
-    from. For each of the `slots` there follows one TakeSlot."""
+    from. For each of the `slots` there follows one TakeSlot; its workers count in `ledger_slots`."""
 
     generation: int
     removes_files: bool
     is_paused: bool
     seed: str
     slots: int
+    ledger_slots: tuple[int, ...]
 
 
 class TakeSlot(Frame, frozen=True):
@@ -117,6 +124,13 @@ class Link:
         self._connection = connection
         self._in_pieces = asyncio.Lock()
         self._pieces = bytearray()
+
+    @property
+    def other(self) -> int:
+        """The number of the process that has made the link: to the new one that is the old one."""
+        credentials = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        pid: int = CREDENTIALS.unpack(credentials)[0]
+        return pid
 
     async def send(self, frame: Said, descriptors: Sequence[int] = ()) -> bool:
         """False if the other process is gone."""
@@ -267,10 +281,17 @@ class UpgradeError(Exception):
     """The new process does not serve; the text says why."""
 
 
-async def start_successor(words: Sequence[str], environment: dict[str, str], workers: int = 0) -> tuple[int, Link]:
+async def start_successor(
+    words: Sequence[str],
+    environment: dict[str, str],
+    ledger: int,
+    when_gone: Callable[[], object],
+    workers: int = 0,
+) -> tuple[int, Link]:
     """Starts the program that is installed by now; returns once it could serve. Raises UpgradeError.
 
-    With `workers` it is a supervisor, of so many.
+    It counts in this `ledger`, if there is one (not -1), and is a supervisor if it is to have `workers`. `when_gone` is
+    called should it end before this process does.
     """
     if not hasattr(os, "pidfd_open"):
         raise UpgradeError("this system has no such thing")
@@ -278,12 +299,19 @@ async def start_successor(words: Sequence[str], environment: dict[str, str], wor
     link = Link(ours)
     with theirs:
         try:
-            arguments = [*words, "take-over", str(theirs.fileno()), str(workers)]
-            pid = program.start(arguments, [theirs.fileno()], {**os.environ, **environment})
+            descriptors = [theirs.fileno(), *([ledger] if ledger >= 0 else [])]
+            arguments = [*words, TAKE_OVER, str(theirs.fileno()), str(ledger), str(workers)]
+            pid = program.start(arguments, descriptors, {**os.environ, **environment})
         except OSError as error:
             link.close()
             raise UpgradeError(f"it cannot be started: {error.strerror}") from None
-    _collect_later(pid)
+
+    def collect() -> None:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+        when_gone()
+
+    when_exited(pid, collect)
     try:
         await expect(link, Hello)
     except UpgradeError:
@@ -322,18 +350,28 @@ def abandon(pid: int, link: Link) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _collect_later(pid: int) -> None:
-    """Collects the process if it ends before this one does."""
+def when_exited(pid: int, call: Callable[[], object]) -> None:
+    """Calls once the process has ended, if that is before this one does."""
     loop = asyncio.get_running_loop()
-    exited = os.pidfd_open(pid)
+    try:
+        exited = os.pidfd_open(pid)
+    except ProcessLookupError:
+        call()
+        return
 
-    def collect() -> None:
+    def tell() -> None:
         loop.remove_reader(exited)
         os.close(exited)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
+        call()
 
-    loop.add_reader(exited, collect)
+    loop.add_reader(exited, tell)
+
+
+async def until_exited(pid: int) -> None:
+    """Waits until the process is gone, and with it what it has held: locks, sockets."""
+    exited = asyncio.Event()
+    when_exited(pid, exited.set)
+    await exited.wait()
 
 
 async def hand_over_sessions(gateway: Gateway, link: Link, sink: Sink) -> None:

@@ -39,13 +39,14 @@ class Place:
     """Where a worker stands among others: its slot, which its successor has too, and its own generation.
 
     `removes_files`: those of Unix sockets, once it listens no more. `ledger`: the descriptor of the counts that they
-    share. `is_only`: whether there are no others.
+    share, and `ledger_slot` its place in them. `is_only`: whether there are no others.
     """
 
     slot: int = 0
     generation: int = 0
     removes_files: bool = True
     ledger: int = -1
+    ledger_slot: int = 0
     is_only: bool = True
 
 
@@ -68,7 +69,7 @@ class Worker:
         counts = self._counts = Counts(str(place.slot), audit)
         self.listening = listening
         fitted, own_clients = fitting(settings, log, is_only=place.is_only)
-        ledger = build_ledger(fitted, place.ledger, place.slot)
+        ledger = build_ledger(fitted, place.ledger, place.ledger_slot)
         self.gateway: Gateway = build_gateway(fitted, authenticator, to_all(sink, counts), ledger, audit, place.slot)
         self.gateway.limits.own_clients = own_clients
         self.reloads = Reloads(self.gateway, settings, fitted, listening, read, self._fit, sink, log, audit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import random
 import select
 import signal
@@ -13,6 +14,7 @@ import ssl
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from tests.system.conftest import (
 )
 from tests.system.operators import USERS, do, rows
 from tests.system.test_service_manager import Manager
+from tests.system.test_throttle import ATTACKER, BALANCED, BLOCKED, OTHER, SHORT, refusal
 from tests.tls import Authority
 from tests.wire import (
     RawClient,
@@ -129,6 +132,17 @@ def test_operators_go_on_too_and_see_who_has_moved(
         wait_until(lambda: state() == [("alice", here)], "the session to be seen where it is now")
     upgradable.stop()
     assert not path.exists()
+
+
+def test_where_operators_are_served_no_more_no_file_is_left(start_upgradable: StartUpgradable, tmp_path: Path) -> None:
+    path = tmp_path / "admin"
+    upgradable = start_upgradable(admin={"listen": f"unix:{path}"})
+    upgradable.gateway.wait_for("serving operators")
+    upgradable.gateway.rewrite(admin={"listen": ""})
+    upgradable.upgrade()
+    upgradable.wait_until_moved()
+    assert not path.exists()
+    assert_serves(upgradable.port)
 
 
 def test_a_query_that_runs_meanwhile_is_answered(upgradable: Upgradable, backends: Backends) -> None:
@@ -579,49 +593,119 @@ def test_transactions_go_on_through_ten_upgrades(upgradable: Upgradable, postgre
 # What stays
 
 
-def test_a_session_with_tls_stays_until_it_ends_and_can_be_cancelled(
-    start_upgradable: StartUpgradable, authority: Authority, backends: Backends
-) -> None:
-    identity = authority.issue("upgraded", "localhost")
-    upgradable = start_upgradable(tls={"cert": str(identity.cert), "key": str(identity.key)})
-    name = f"staying {upgradable.port}"
+@contextlib.contextmanager
+def staying(upgradable: Upgradable, authority: Authority) -> Iterator[RawClient]:
+    """A client that speaks TLS."""
     with socket.create_connection(("127.0.0.1", upgradable.port), WAIT_SECONDS) as plain:
         plain.sendall(struct.pack("!ii", 8, 80877103))
         assert plain.recv(1) == b"S"
         client = RawClient.__new__(RawClient)
         with authority.client_context().wrap_socket(plain, server_hostname="localhost") as client.socket:
-            key = next(body for kind, body in client.log_in(application_name=name) if kind == b"K")
+            yield client
+
+
+def is_refused(upgradable: Upgradable) -> bool:
+    """Whether there is no place for another client of the same name."""
+    with RawClient(upgradable.port) as other:
+        other.send(startup())
+        kind, body = other.read_message()
+        if kind == b"R":
+            other.send(password())
+            kind, body = other.read_message()
+        assert kind == b"R" or error_fields(body)["C"] == "53300"
+        return kind == b"E"
+
+
+@pytest.fixture
+def with_tls(authority: Authority) -> dict[str, str]:
+    identity = authority.issue("upgraded", "localhost")
+    return {"cert": str(identity.cert), "key": str(identity.key)}
+
+
+@pytest.mark.parametrize("limit", ["max_clients", "max_clients_per_user", "max_clients_per_address"])
+def test_a_session_that_stays_counts_until_it_ends(
+    start_upgradable: StartUpgradable, authority: Authority, with_tls: dict[str, str], limit: str
+) -> None:
+    upgradable = start_upgradable(tls=with_tls, **{limit: 1})
+    with staying(upgradable, authority) as client:
+        client.log_in()
+        for _ in range(2):
             upgradable.upgrade()
-            upgradable.upgrade()
-            assert_serves(upgradable.port)
-            client.assert_served()
-            client.send(query("select pg_sleep(60)"))
-            wait_until(lambda: backends.sleeps_as(name), "the query to run")
-            # The newest process passes it on to the one between, which has nothing left but that.
-            with RawClient(upgradable.port) as other:
-                other.send(cancel_request(key))
-                assert other.read_to_end() == b""
-            assert [error_fields(body)["C"] for kind, body in client.read_until(b"Z") if kind == b"E"] == ["57014"]
-            assert all(map(is_alive, upgradable.pids))
-            client.send(message(b"X"))
-            with contextlib.suppress(ssl.SSLError):
-                client.read_to_end()
+        client.assert_served()
+        assert is_refused(upgradable)
+        client.send(message(b"X"))
+        with contextlib.suppress(ssl.SSLError):
+            client.read_to_end()
+    upgradable.wait_until_moved()
+    assert_serves(upgradable.port)
+
+
+def test_a_session_that_is_lost_with_its_old_process_counts_no_more(
+    start_upgradable: StartUpgradable, authority: Authority, with_tls: dict[str, str]
+) -> None:
+    upgradable = start_upgradable(tls=with_tls, max_clients=1)
+    # Its successor's: the first one must end in order.
+    upgradable.upgrade()
+    with staying(upgradable, authority) as client:
+        client.log_in()
+        upgradable.upgrade()
+        assert is_refused(upgradable)
+        os.kill(upgradable.pids[1], signal.SIGKILL)
+        wait_until(lambda: not is_refused(upgradable), "its place to be free")
+    assert_serves(upgradable.port)
+
+
+def test_who_was_refused_for_guessing_still_is(
+    start_upgradable: StartUpgradable, authenticator: WriteAuthenticator
+) -> None:
+    upgradable = start_upgradable(
+        authenticator("exit 1"), authenticator={"cleartext_password": True}, throttle=SHORT, **BALANCED
+    )
+    gateway = upgradable.gateway
+    answers = [refusal(gateway, ATTACKER, "alice") for _ in range(4)]
+    assert (answers[0][0], answers[-1]) == ("28P01", BLOCKED)
+    for _ in range(2):
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        assert refusal(gateway, ATTACKER, "bob") == BLOCKED
+        assert refusal(gateway, OTHER, f"bob {len(upgradable.pids)}")[0] == "28P01"
+
+
+def test_a_session_with_tls_stays_until_it_ends_and_can_be_cancelled(
+    start_upgradable: StartUpgradable, authority: Authority, with_tls: dict[str, str], backends: Backends
+) -> None:
+    upgradable = start_upgradable(tls=with_tls)
+    name = f"staying {upgradable.port}"
+    with staying(upgradable, authority) as client:
+        key = next(body for kind, body in client.log_in(application_name=name) if kind == b"K")
+        upgradable.upgrade()
+        upgradable.upgrade()
+        assert_serves(upgradable.port)
+        client.assert_served()
+        client.send(query("select pg_sleep(60)"))
+        wait_until(lambda: backends.sleeps_as(name), "the query to run")
+        # The newest process passes it on to the one between, which has nothing left but that.
+        with RawClient(upgradable.port) as other:
+            other.send(cancel_request(key))
+            assert other.read_to_end() == b""
+        assert [error_fields(body)["C"] for kind, body in client.read_until(b"Z") if kind == b"E"] == ["57014"]
+        assert all(map(is_alive, upgradable.pids))
+        client.send(message(b"X"))
+        with contextlib.suppress(ssl.SSLError):
+            client.read_to_end()
     upgradable.wait_until_moved()
 
 
-def test_an_old_process_can_be_told_to_end(start_upgradable: StartUpgradable, authority: Authority) -> None:
-    identity = authority.issue("ended", "localhost")
-    upgradable = start_upgradable(tls={"cert": str(identity.cert), "key": str(identity.key)}, drain_timeout=0)
-    with socket.create_connection(("127.0.0.1", upgradable.port), WAIT_SECONDS) as plain:
-        plain.sendall(struct.pack("!ii", 8, 80877103))
-        assert plain.recv(1) == b"S"
-        client = RawClient.__new__(RawClient)
-        with authority.client_context().wrap_socket(plain, server_hostname="localhost") as client.socket:
-            client.log_in()
-            upgradable.upgrade()
-            client.assert_served()
-            upgradable.gateway.process.send_signal(signal.SIGTERM)
-            assert client.read_fatal()[0] == "57P01"
+def test_an_old_process_can_be_told_to_end(
+    start_upgradable: StartUpgradable, authority: Authority, with_tls: dict[str, str]
+) -> None:
+    upgradable = start_upgradable(tls=with_tls, drain_timeout=0)
+    with staying(upgradable, authority) as client:
+        client.log_in()
+        upgradable.upgrade()
+        client.assert_served()
+        upgradable.gateway.process.send_signal(signal.SIGTERM)
+        assert client.read_fatal()[0] == "57P01"
     upgradable.wait_until_moved()
     assert_serves(upgradable.port)
 
@@ -671,6 +755,44 @@ def test_a_new_process_that_cannot_write_its_pid_file_leaves_the_old_one_as_it_w
         client.assert_served()
         assert_serves(upgradable.port)
     assert is_alive(upgradable.gateway.pid)
+
+
+def test_a_new_process_that_ends_before_the_old_one_believes_it_leaves_that_as_it_was(
+    start_upgradable: StartUpgradable, tmp_path: Path
+) -> None:
+    """It accepts by then. What it waits for is a service manager that reads nothing."""
+    path, pid_file = tmp_path / "admin", tmp_path / "pid"
+    with contextlib.closing(Manager(str(tmp_path / "notify"))) as manager:
+        upgradable = start_upgradable(
+            environment=manager.environment, admin={"listen": f"unix:{path}"}, pid_file=str(pid_file), max_clients=1
+        )
+        gateway = upgradable.gateway
+        with RawClient(upgradable.port) as client:
+            client.log_in()
+            manager.fill()
+            gateway.process.send_signal(signal.SIGUSR2)
+            gateway.wait_for("serving operators", 2)
+            (successor,) = gateway.children
+            os.kill(successor, signal.SIGKILL)
+            gateway.wait_for("upgrade failed, this process goes on")
+            client.assert_served()
+            assert is_refused(upgradable)
+            client.send(message(b"X"))
+            client.read_to_end()
+        wait_until(lambda: not is_refused(upgradable), "the place of the client to be free")
+        assert_serves(upgradable.port)
+        assert pid_file.read_text() == f"{gateway.pid}\n"
+        assert path.is_socket()
+        assert gateway.process.poll() is None
+
+
+def test_who_ends_anyway_ends_in_order_however_often_it_is_told_to(upgradable: Upgradable) -> None:
+    upgradable.upgrade()
+    process = upgradable.gateway.process
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
+    assert_serves(upgradable.port)
 
 
 # Who is told

@@ -23,7 +23,7 @@ from tests.system.conftest import (
 )
 from tests.system.operators import ask as ask_operators
 from tests.tls import Authority
-from tests.wire import RawClient, cancel_request, error_fields, message, query
+from tests.wire import RawClient, cancel_request, error_fields, message, query, startup
 
 
 @pytest.fixture
@@ -179,3 +179,26 @@ def test_an_old_supervisor_can_be_told_to_end(start_upgradable: StartUpgradable,
         assert client.read_fatal()[0] == "57P01"
         assert upgradable.gateway.process.wait(WAIT_SECONDS) == 0
     assert_serves(upgradable.port)
+
+
+# What counts
+
+
+def test_what_stays_still_counts_and_what_moves_counts_once(
+    start_upgradable: StartUpgradable, authority: Authority
+) -> None:
+    identity = authority.issue("counted", "localhost")
+    tls = {"cert": str(identity.cert), "key": str(identity.key)}
+    upgradable = start_upgradable(workers=2, tls=tls, max_clients=2)
+    with logged_in_by_tls(upgradable.port, authority, "staying") as (staying, _), RawClient(upgradable.port) as moving:
+        moving.log_in()
+        for _ in range(2):
+            upgradable.upgrade()
+            wait_until(lambda: upgradable.gateway.log_lines("sessions handed over"), "a session to move")
+            with RawClient(upgradable.port) as other:
+                other.send(startup())
+                assert other.read_fatal()[0] == "53300"
+        moving.send(message(b"X"))
+        wait_until(lambda: upgradable.gateway.log_lines("session ended"), "one to end")
+        assert_serves(upgradable.port)
+        staying.assert_served()
