@@ -204,7 +204,7 @@ def test_a_cancel_key_is_good_after_the_move(upgradable: Upgradable, backends: B
 def test_a_time_limit_goes_on(
     start_upgradable: StartUpgradable, authenticator: WriteAuthenticator, postgres: ThrowawayPostgres
 ) -> None:
-    lines = f"echo _META_TARGET_HOST=127.0.0.1:{postgres.port}; echo user=postgres; echo _META_SESSION_SECONDS=3"
+    lines = f"echo _META_TARGET_HOST=127.0.0.1:{postgres.port}; echo user=postgres; echo _META_SESSION_SECONDS=6"
     upgradable = start_upgradable(authenticator(lines))
     with RawClient(upgradable.port) as client:
         client.log_in()
@@ -213,7 +213,7 @@ def test_a_time_limit_goes_on(
         client.assert_served()
         assert client.read_fatal() == ("57P01", "terminating connection: its time limit is reached")
     wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the log to say that it has ended")
-    assert upgradable.gateway.log_lines("session ended")[0]["seconds"] >= 3
+    assert upgradable.gateway.log_lines("session ended")[0]["seconds"] >= 6
 
 
 class Typing:
