@@ -28,6 +28,7 @@ from pgauthproxy.pid_file import PidFileError, running
 from pgauthproxy.proto import scram
 from pgauthproxy.release import version
 from pgauthproxy.service import Service
+from pgauthproxy.slots import open_slots
 from pgauthproxy.supervisor import WorkersFailedError
 from pgauthproxy.terminal import fail, read_password
 from pgauthproxy.upgrade import TAKE_OVER, Link, UpgradeError
@@ -122,7 +123,7 @@ def _serve(flags: dict[str, Any], link: Link | None = None, ledger: int = -1, ta
         listening = process.open_listeners(settings, service.descriptors) if link is None else []
         # The first process of a container must collect orphans, which may be anybody's but a worker's own.
         is_alone = taken_workers == 0 if link is not None else count == 1 and os.getpid() != 1
-        slots = [] if is_alone or link is not None else supervisor.open_slots(settings, count, listening, service)
+        slots = [] if is_alone or link is not None else open_slots(settings, count, listening, service)
         admin_listening = operators.open_listeners(settings) if link is None else []
         version()
         privileges.become(identity)

@@ -20,10 +20,8 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
-from pgauthproxy import program
 from pgauthproxy.build import examine, with_lasting_seed
 from pgauthproxy.config.load import ConfigError
 from pgauthproxy.config.schema import Settings
@@ -47,18 +45,19 @@ from pgauthproxy.control import (
     ToWorker,
 )
 from pgauthproxy.events import Noticed, Reloaded, Reloading, ignore, to_all
-from pgauthproxy.gateway.cancel import NOBODYS, slot_of
 from pgauthproxy.net import listen
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.operators import Operators
 from pgauthproxy.ops.acts import Pause, Resume
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
+from pgauthproxy.passing import CancelPassing
 from pgauthproxy.pid_file import PidFile, PidFileError
 from pgauthproxy.process import announce, hear_no_more, hear_signals, prepare_process
 from pgauthproxy.reload import CONFIGURATION, LOADED, NOT_LOADED, OneAtATime, Read, changed_keys, complain, keep_fixed
 from pgauthproxy.service import Service
 from pgauthproxy.shared_counts import SharedCounts
+from pgauthproxy.slots import Child, Slot, kill, start_worker
 from pgauthproxy.upgrade import (
     Link,
     Serving,
@@ -84,8 +83,6 @@ SIGNS_OF_LIFE: Final = 3
 """How often a worker is asked for one in its time-out."""
 END_SECONDS: Final = 5.0
 """How long workers that are to end at once may take."""
-MOST_CANCELS: Final = 1024
-"""Cancel requests between workers that are under way at once."""
 
 
 class WorkersFailedError(Exception):
@@ -94,59 +91,6 @@ class WorkersFailedError(Exception):
     def __init__(self, faults: Sequence[str]) -> None:
         super().__init__("\n".join(faults))
         self.faults = tuple(faults)
-
-
-@dataclass(eq=False, slots=True)
-class Child:
-    """A worker's process."""
-
-    slot: int
-    generation: int
-    pid: int
-    connection: socket.socket
-    born: float
-    successor: socket.socket
-    """Leads to it, for whichever process takes its sessions over."""
-    relatives: tuple[int, int]
-    """The descriptors that lead to its predecessor and its successor, as it has them."""
-    channel: Channel | None = None
-    is_ready: bool = False
-    part: Part | None = None
-    was_paused: bool = False
-    """When it began."""
-    silent: int = 0
-    """How many times in a row it was asked for a sign of life, or was not ready to be."""
-
-
-@dataclass(slots=True)
-class Slot:
-    """A place for a worker, with the sockets of whoever has it."""
-
-    listening: list[StreamSocket]
-    child: Child | None = None
-    deaths: int = 0
-    retry: asyncio.TimerHandle | None = None
-    predecessor: int = -1
-    """Leads to the process whose sessions the first worker here is to take over."""
-
-
-@dataclass(slots=True)
-class Passing:
-    """A cancel request on its way from one worker to another."""
-
-    asker: Child
-    ticket: int
-    owner: Child = field(repr=False)
-
-
-def open_slots(settings: Settings, count: int, listening: list[StreamSocket], service: Service) -> list[Slot]:
-    """Places for so many workers. Raises ListenError.
-
-    All sockets of an address must be opened by the same user, and some ports by root: here, before anything else.
-    """
-    # What a service manager has opened is its own: there is one for all.
-    again = (lambda each: each) if service.descriptors else (lambda each: listen.open_again(each, settings.backlog))
-    return [Slot(listening), *(Slot(list(map(again, listening))) for _ in range(count - 1))]
 
 
 def supervise(
@@ -204,8 +148,7 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._generations = 0
         self._faults: dict[str, None] = {}
-        self._passing: dict[int, Passing] = {}
-        self._tickets = 0
+        self._cancels = CancelPassing(self._child_at, self._tell)
         self._is_serving = False
         self._is_in_force = True
         """Whether files of sockets are its own to remove."""
@@ -363,7 +306,7 @@ class Supervisor:
             if child.is_ready:
                 self._tell(child, BeSucceeded())
             else:
-                _kill(child)
+                kill(child)
         self._leaving.set()
 
     # Workers' lives
@@ -375,7 +318,7 @@ class Supervisor:
         successor, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         relatives = (slot.predecessor, worker_end.fileno())
         try:
-            pid = _spawn_worker(theirs, slot.listening, self._counts.descriptor, relatives)
+            pid = start_worker(theirs, slot.listening, self._counts.descriptor, relatives)
         except OSError as error:
             ours.close()
             successor.close()
@@ -432,9 +375,9 @@ class Supervisor:
                     case Failed(faults):
                         self._failed(child, faults)
                     case CancelAsked():
-                        self._pass_on(child, frame)
-                    case CancelDone(ticket, session, outcome):
-                        self._pass_back(ticket, session, outcome)
+                        self._cancels.pass_on(child, frame)
+                    case CancelDone():
+                        self._cancels.pass_back(frame)
                     case Asked():
                         self._spawn_task(self._do(child, frame))
                     case Answered() if child.part is not None:
@@ -482,9 +425,7 @@ class Supervisor:
         expected = (self._is_draining or self._is_succeeded) and code == 0
         child.successor.close()
         self._sink(Noticed("info" if expected else "error", "worker ended", facts))
-        for ticket, passing in list(self._passing.items()):
-            if passing.owner is child:
-                self._pass_back(ticket, "", "not passed on: its worker is gone")
+        self._cancels.owner_gone(child)
         if child.part is not None:
             self._whole.leave(child.part)
         slot = self._slots[child.slot]
@@ -518,7 +459,7 @@ class Supervisor:
                 if child.silent >= most:
                     facts = (("worker", child.slot), ("pid", child.pid))
                     self._sink(Noticed("error", "worker killed: it shows no sign of life", facts))
-                    _kill(child)
+                    kill(child)
                 else:
                     child.silent += 1
                     if child.is_ready:
@@ -540,7 +481,7 @@ class Supervisor:
                 self._tell(child, Drain(self._why))
             else:
                 # It has nobody to take leave of.
-                _kill(child)
+                kill(child)
         self._begun.set()
         self._leaving.set()
 
@@ -553,7 +494,7 @@ class Supervisor:
 
     def _kill_all(self) -> None:
         for child in self._children.values():
-            _kill(child)
+            kill(child)
 
     def _check_end(self) -> None:
         if (self._is_draining or self._is_succeeded) and not self._children:
@@ -596,6 +537,9 @@ class Supervisor:
 
     # Between workers
 
+    def _child_at(self, number: int) -> Child | None:
+        return self._slots[number].child if number < len(self._slots) else None
+
     def _tell(self, child: Child, frame: ToWorker) -> bool:
         return child.channel is not None and child.channel.send(frame)
 
@@ -608,36 +552,3 @@ class Supervisor:
     async def _pause_anew(self, part: Part) -> None:
         """It began while that was changed."""
         await part.act(Pause() if self._whole.is_paused else Resume())
-
-    def _pass_on(self, asker: Child, asked: CancelAsked) -> None:
-        number = slot_of(asked.key)
-        owner = self._slots[number].child if number < len(self._slots) else None
-        if owner is None or owner is asker:
-            self._tell(asker, CancelDone(asked.ticket, "", NOBODYS))
-        elif len(self._passing) >= MOST_CANCELS:
-            self._tell(asker, CancelDone(asked.ticket, "", "not passed on: too many cancel requests"))
-        else:
-            self._tickets += 1
-            self._passing[self._tickets] = Passing(asker, asked.ticket, owner)
-            if not self._tell(owner, CancelAsked(self._tickets, asked.key)):
-                self._pass_back(self._tickets, "", "not passed on: its worker takes nothing")
-
-    def _pass_back(self, ticket: int, session: str, outcome: str) -> None:
-        passing = self._passing.pop(ticket, None)
-        if passing is not None:
-            self._tell(passing.asker, CancelDone(passing.ticket, session, outcome))
-
-
-def _spawn_worker(
-    control: socket.socket, listening: Sequence[socket.socket], ledger: int, relatives: tuple[int, int]
-) -> int:
-    """Starts this program as a worker. It inherits these descriptors, and no others."""
-    shared = [control.fileno(), *(each.fileno() for each in listening)]
-    shared += (descriptor for descriptor in (ledger, *relatives) if descriptor >= 0)
-    return program.start(["worker", str(control.fileno())], shared, os.environ)
-
-
-def _kill(child: Child) -> None:
-    # It is not collected yet, so that its number is its own.
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child.pid, signal.SIGKILL)
