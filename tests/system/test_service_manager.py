@@ -287,6 +287,13 @@ def test_the_first_process_of_a_container_collects_what_others_leave(
     assert_serves(gateway.port)
 
 
+def test_the_first_process_of_a_container_is_not_replaced(first_process: tuple[Gateway, int]) -> None:
+    gateway, first = first_process
+    os.kill(first, signal.SIGUSR2)
+    gateway.wait_for("not upgraded: the first process of a container cannot be another")
+    assert_serves(gateway.port)
+
+
 def test_operators_of_a_container_are_served(first_process: tuple[Gateway, int]) -> None:
     gateway, first = first_process
     address = gateway.wait_for("serving operators")["address"]
