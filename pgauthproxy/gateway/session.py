@@ -501,6 +501,11 @@ class Session:
         else:
             self._timer = asyncio.get_running_loop().call_later(found, self._keep_watch)
 
+    def leave_console(self) -> None:
+        """Ends it if it is the admin console: another process is to be asked from now on."""
+        if self._console is not None:
+            self.refuse_login(GatewayFault(ADMIN_SHUTDOWN, None, "another process serves now"))
+
     @property
     def can_move(self) -> bool:
         """Whether another process could go on with it.
