@@ -154,6 +154,7 @@ class _Alone:
             abandon(pid, link)
             return
         self._worker.pause()
+        held = self._worker.gateway.held
         self._pid_file.give_up()
         try:
             await link.send(
@@ -162,7 +163,7 @@ class _Alone:
                     self._worker.removes_files,
                     tuple(each.proxy_protocol for each in self._worker.listening),
                     len(self._operators.listening),
-                    is_paused=self._worker.gateway.held is not None,
+                    is_paused=held is not None,
                 ),
                 [each.fileno() for each in (*self._worker.listening, *self._operators.listening)],
             )
@@ -181,6 +182,9 @@ class _Alone:
         self._is_succeeded = True
         await self._operators.close(removes_files=False)
         self._worker.be_succeeded()
+        if held is not None:
+            # It may have been told so here meanwhile.
+            self._relatives.tell_resumed(link, held)
         self._handing_over = asyncio.get_running_loop().create_task(
             hand_over(self._relatives, self._worker.gateway, link, self._sink)
         )

@@ -10,6 +10,7 @@ Strategy:
 - What an observer knows of a session goes along, be it in the middle of a message.
 - A session that speaks TLS stays: its keys are in this process's memory. So does one with a credential on lease, which
   is given back here, and a login in progress, until it is done.
+  The admin console ends: it is the new process's to answer.
   This process lives for as long as it has any, and as long as that which it has itself taken over from.
 - Logins that are paused are so in both, and go on in both.
 - Both count in the same memory (shared_counts.py), so that limits and throttle hold for what is in either.
@@ -79,7 +80,7 @@ class Serving(Frame, frozen=True):
 
 
 class Resumed(Frame, frozen=True):
-    """From the new process: logins may go on, those as well that wait in the old one."""
+    """Logins may go on, those as well that wait in the process that is told."""
 
 
 class TakeGateway(Frame, frozen=True):
@@ -235,7 +236,11 @@ class Relatives:
         """Has logins wait here, as they do in the process at the other end, which is told when they may go on."""
         act_on(self._gateway, Pause())
         assert self._gateway.held is not None  # noqa: S101 (they wait)
-        task = asyncio.get_running_loop().create_task(self._tell_resumed(self._gateway.held, link))
+        self.tell_resumed(link, self._gateway.held)
+
+    def tell_resumed(self, link: Link, held: asyncio.Event) -> None:
+        """Tells the process at the other end once these logins may go on."""
+        task = asyncio.get_running_loop().create_task(self._tell_resumed(held, link))
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
 
@@ -384,6 +389,7 @@ async def hand_over_sessions(gateway: Gateway, link: Link, sink: Sink) -> None:
     while gateway.sessions:
         count = 0
         for session in list(gateway.sessions):
+            session.leave_console()
             if not session.can_move:
                 continue
             try:

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 from pgauthproxy import _relay, _wire
 from pgauthproxy._tls import Channel
-from pgauthproxy.errors import Fault, TlsError
+from pgauthproxy.errors import CONNECTION_FAILURE, Fault, GatewayFault, TlsError
 from pgauthproxy.proto.steps import MORE, Login, StartTls
 from pgauthproxy.stages import Encryption
 
@@ -286,6 +286,14 @@ class TakenUpLeg(Leg):
     A transport reads as soon as it is made. This one then reads a single byte, so that what a session holds for a peer
     that does not read does not grow with each process that takes it up.
     """
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the connection is gone for good."""
+        return self._lost
+
+    def gone_fault(self) -> Fault:
+        return GatewayFault(CONNECTION_FAILURE, None, "the connection was lost while the session moved")
 
     def get_buffer(self, size_hint: int) -> memoryview:  # type: ignore[override]  # any buffer will do
         return memoryview(self._buffer.space)[:1]

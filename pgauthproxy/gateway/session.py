@@ -426,6 +426,9 @@ class Session:
             found, outcome = await gateway.cancel(request.key)
             if not found and gateway.ask_elsewhere is not None:
                 found, outcome = await gateway.ask_elsewhere(request.key)
+                if not found and gateway.keys.find(request.key) is not None:
+                    # It was on its way here.
+                    found, outcome = await gateway.cancel(request.key)
         finally:
             client.close()
         gateway.sink(Cancelled(self._accepted.address, found, outcome))
@@ -498,6 +501,11 @@ class Session:
         else:
             self._timer = asyncio.get_running_loop().call_later(found, self._keep_watch)
 
+    def leave_console(self) -> None:
+        """Ends it if it is the admin console: another process is to be asked from now on."""
+        if self._console is not None:
+            self.refuse_login(GatewayFault(ADMIN_SHUTDOWN, None, "another process serves now"))
+
     @property
     def can_move(self) -> bool:
         """Whether another process could go on with it.
@@ -563,12 +571,16 @@ class Session:
         buffer = gateway.targets.buffer
         legs = TakenUpLeg(client, buffer), TakenUpLeg(target, buffer)
         try:
-            client_transport, target_transport = await legs[0].open(), await legs[1].open()
-        except OSError:
-            # One of them is gone by now.
+            for leg in legs:
+                await leg.open()
+            (client_transport, client_rest, _), (target_transport, target_rest, _) = (leg.hand_over() for leg in legs)
+        except (Fault, OSError) as error:
             for leg in legs:
                 leg.abort()
-            self._close(CloseReason.CLIENT_LOST)
+            self._close(CloseReason.TARGET_LOST if legs[1].is_lost else CloseReason.CLIENT_LOST)
+            assert self._reason is not None  # noqa: S101 (it is closed)
+            received = handed.client[0], handed.target[0]
+            gateway.sink(Ended(self.id, self._reason, str(error), *received, self.seconds))
             self._over()
             return
         rules = SessionRules() if handed.watched is None else handed.watched.rules
@@ -578,7 +590,6 @@ class Session:
         followed = observer if rules.limit_idling else None
         self._client_end = self._end(client_transport, legs[0], observer, faces_target=False)
         self._target_end = self._end(target_transport, legs[1], followed, faces_target=True)
-        (_, client_rest, _), (_, target_rest, _) = (leg.hand_over() for leg in legs)
         _relay.join(self._client_end, self._target_end)
         self._client_end.take_up(*handed.client)
         self._target_end.take_up(*handed.target)

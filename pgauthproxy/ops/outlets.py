@@ -125,6 +125,30 @@ class File(_Descriptor):
         self._use(os.open(self.path, flags, FILE_MODE))
         return self._is_regular and self._lacks_an_end()
 
+    def write(self, lines: Sequence[bytes]) -> int:
+        taken = super().write(lines)
+        if not self._is_regular or taken >= min(sum(map(len, lines)), self.at_once):
+            return taken
+        return taken - self._take_back(b"".join(lines)[:taken])
+
+    def _take_back(self, written: bytes) -> int:
+        """Removes the part of a line that a disk had room for, or whoever writes next would go on in that line.
+
+        Returns how much that is, nothing where others have written behind it. Raises OSError if no line is left.
+        """
+        part = len(written) - (written.rfind(b"\n") + 1)
+        end = os.lseek(self._descriptor, 0, os.SEEK_CUR)
+        if not part or os.fstat(self._descriptor).st_size != end:
+            return 0
+        try:
+            os.ftruncate(self._descriptor, end - part)
+        except OSError:
+            # Nothing but appending is allowed there (chattr +a).
+            return 0
+        if part == len(written):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return part
+
     def _lacks_an_end(self) -> bool:
         """Whether its last line was begun and not finished, by a process that was killed or a disk that was full."""
         size = os.fstat(self._descriptor).st_size

@@ -21,20 +21,23 @@ CANNOT = ("57P03", "the gateway cannot accept logins at the moment")
 MEGABYTE = 1 << 20
 DISK_BYTES = 64 << 10
 FAILING, LOST = "pgauthproxy_audit_failing", "pgauthproxy_audit_lost_lines_total"
+PART = 50
+"""Bytes that have room, and less than any line."""
 ENOUGH = 60
 """Logins whose lines are more than what may be left of a disk's last block."""
 
 
 def lines_of(file: Path, event: str = "") -> list[dict[str, Any]]:
-    """The whole lines of an audit log; parts of lines stand alone."""
-    lines = [json.loads(line) for line in file.read_bytes().split(b"\n") if line.endswith(b"}")]
+    """The lines of an audit log, each of which must be whole."""
+    lines = [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
     return [line for line in lines if not event or line["event"] == event]
 
 
 def limit_files(gateway: Gateway, size: int) -> None:
     """No file of the gateway may grow beyond this size, as on a disk that is full."""
-    _, hard = resource.prlimit(gateway.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(gateway.pid, resource.RLIMIT_FSIZE, (size, hard))
+    for pid in gateway.family:
+        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
 
 
 @pytest.mark.parametrize("required", [True, False])
@@ -47,7 +50,7 @@ def test_a_disk_that_is_full_for_a_while_leaves_whole_lines_and_their_number(
     gateway = start_gateway(mapped, audit={"file": str(file), "required": required})
     assert_serves(gateway.port)
     wait_until(lambda: lines_of(file, "end"), "the session's end")
-    limit_files(gateway, file.stat().st_size + 100)
+    limit_files(gateway, file.stat().st_size + PART)
     with RawClient(gateway.port) as client:
         client.send(startup() + password())
         client.read_message()
@@ -60,12 +63,7 @@ def test_a_disk_that_is_full_for_a_while_leaves_whole_lines_and_their_number(
     limit_files(gateway, resource.RLIM_INFINITY)
     assert_serves(gateway.port)
     assert gateway.stop() == 0
-    whole, broken = [], []
-    for line in file.read_bytes().split(b"\n"):
-        if line:
-            (whole if line.endswith(b"}") else broken).append(line)
-    assert [len(line) for line in broken] == [100]
-    lines = [json.loads(line) for line in whole]
+    lines = lines_of(file)
     lost = next(number for number, line in enumerate(lines) if line["event"] == "lost")
     # The numbers tell which are missing.
     assert lines[lost]["sequence"] - lines[lost]["lines"] == lines[lost - 1]["sequence"] == 3
@@ -89,7 +87,7 @@ class Disk:
 
     def fill(self, gateway: Gateway) -> None:
         if not self.is_real:
-            limit_files(gateway, self.file.stat().st_size + 100)
+            limit_files(gateway, self.file.stat().st_size + PART)
             return
         with contextlib.suppress(OSError), self._filler.open("wb", buffering=0) as filler:
             while filler.write(bytes(4096)):
@@ -165,3 +163,21 @@ def test_operators_see_a_disk_that_is_full_and_logins_resume_when_there_is_room(
     assert assert_sound(lines) == missing
     if required:
         assert len(lines_of(disk.file, "login")) == 2 + heard.count(None)
+
+
+def test_processes_that_share_a_full_disk_leave_whole_lines_and_their_numbers(
+    start_gateway: StartGateway, mapped: Path, disk: Disk
+) -> None:
+    gateway = start_gateway(mapped, audit={"file": str(disk.file), "required": True}, workers=2)
+    for _ in range(3):
+        # Whoever finds room again first has not been the one that found it missing.
+        disk.fill(gateway)
+        wait_until(lambda: told(gateway) == CANNOT, "the disk to be full")
+        disk.clear(gateway)
+        for _ in range(10):
+            assert_serves(gateway.port)
+    assert gateway.stop() == 0
+    lines = lines_of(disk.file)
+    assert len({line["pid"] for line in lines}) == 3
+    for pid in {line["pid"] for line in lines}:
+        assert_sound([line for line in lines if line["pid"] == pid])

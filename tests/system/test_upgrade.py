@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from pgauthproxy.throwaway import ThrowawayPostgres
@@ -32,7 +33,7 @@ from tests.system.conftest import (
     transactions_through,
     wait_until,
 )
-from tests.system.operators import USERS, do, rows
+from tests.system.operators import USERS, connect, do, rows
 from tests.system.test_service_manager import Manager
 from tests.system.test_throttle import ATTACKER, BALANCED, BLOCKED, OTHER, SHORT, refusal
 from tests.tls import Authority
@@ -378,6 +379,35 @@ def test_logins_that_are_paused_wait_in_both_processes_until_they_may_go_on(star
             client.assert_served()
         upgradable.wait_until_moved()
         assert_serves(upgradable.port)
+
+
+def test_an_open_console_ends_and_keeps_no_process(start_upgradable: StartUpgradable) -> None:
+    upgradable = start_upgradable(admin=USERS)
+    with connect(upgradable.gateway, autocommit=True) as console:
+        assert console.execute("SHOW VERSION").fetchone()
+        upgradable.upgrade()
+        upgradable.wait_until_moved()
+        with pytest.raises(psycopg.errors.AdminShutdown):
+            console.execute("SHOW VERSION")
+    assert rows(upgradable.gateway, "SHOW VERSION")
+
+
+def test_logins_that_may_go_on_just_before_the_new_process_is_believed_do_so(
+    start_upgradable: StartUpgradable, tmp_path: Path
+) -> None:
+    """It is held up by a service manager that reads nothing, and has been told by then that they are paused."""
+    with contextlib.closing(Manager(str(tmp_path / "notify"))) as manager:
+        upgradable = start_upgradable(environment=manager.environment, admin=USERS)
+        with connect(upgradable.gateway, autocommit=True) as console:
+            console.execute("PAUSE")
+            manager.fill()
+            upgradable.gateway.process.send_signal(signal.SIGUSR2)
+            upgradable.gateway.wait_for("listening", 2)
+            console.execute("RESUME")
+        upgradable.gateway.wait_for(SUCCEEDED)
+        wait_until(lambda: not rows(upgradable.gateway, "SHOW STATS")[0]["paused"], "the new process to be told")
+        assert_serves(upgradable.port)
+        upgradable.wait_until_moved()
 
 
 # Bytes
