@@ -104,6 +104,7 @@ cdef struct Header:
     uint64_t entries
     uint64_t sets
     uint64_t used
+    uint64_t accepting
     uint64_t[4] secret
     uint32_t[TOTALS][MOST_SLOTS] totals
     pthread_mutex_t mutex
@@ -262,6 +263,28 @@ cdef class Ledger:
         pthread_mutex_unlock(&self._header.mutex)
         return found
 
+    def accept(self, bint whether):
+        """Says whether this worker is to be sent clients."""
+        ledger_lock(&self._header.mutex)
+        if whether:
+            self._header.accepting |= <uint64_t>1 << self._slot
+        else:
+            self._header.accepting &= ~(<uint64_t>1 << self._slot)
+        pthread_mutex_unlock(&self._header.mutex)
+
+    def load(self, int slot):
+        """How many clients and logins a worker has counted; -1 if it is to be sent none."""
+        cdef int total
+        cdef uint64_t found = 0
+        if not 0 <= slot < MOST_SLOTS:
+            raise ValueError(f"slot {slot}: there are {MOST_SLOTS}")
+        # Without the mutex: what another worker is at just now makes no difference here.
+        if not self._header.accepting >> slot & 1:
+            return -1
+        for total in range(TOTALS):
+            found += self._header.totals[total][slot]
+        return found
+
     def take(self, bytes key not None, uint64_t most):
         """Counts one more of a key; gives the place to give back. -1, and nothing is counted, if there are `most`."""
         cdef Key wanted = self._key(key)
@@ -308,6 +331,7 @@ cdef class Ledger:
             raise ValueError(f"slot {slot}: there are {MOST_SLOTS}")
         ledger_lock(&self._header.mutex)
         self._header.used &= ~(<uint64_t>1 << slot)
+        self._header.accepting &= ~(<uint64_t>1 << slot)
         for total in range(TOTALS):
             self._header.totals[total][slot] = 0
         for place in range(<Py_ssize_t>self._mask, -1, -1):

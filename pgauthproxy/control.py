@@ -29,11 +29,10 @@ class Begin(Frame, frozen=True):
 
     `slot` is its place among the workers, which its successor has too; `generation` is its own. `removes_files`: those
     of Unix sockets, should the supervisor no longer be there to do it. `proxy_protocol`: which of the descriptors it is
-    spoken on. `ledger`: the descriptor of the counts that all workers share, -1 if each has its own, and
-    `ledger_slot` this one's place in them. `is_only`: whether
-    there are no others. `is_paused`:
-    whether logins are to wait from the start. `predecessor` leads to the process whose sessions are to be taken over,
-    -1 if there is none, and `successor` to the one that may take them over from here, once there is one.
+    spoken on. `ledger`: the descriptor of the counts that all workers share, -1 if each has its own, and `ledger_slots`
+    their places in them. `inbox` is where others pass clients on to this one, `inboxes` where each gets them.
+    `is_paused`: whether logins are to wait from the start. `predecessor` leads to the process whose sessions are to be
+    taken over, -1 if there is none, and `successor` to the one that may take them over from here, once there is one.
     """
 
     slot: int
@@ -43,8 +42,9 @@ class Begin(Frame, frozen=True):
     proxy_protocol: tuple[bool, ...]
     removes_files: bool
     ledger: int
-    ledger_slot: int
-    is_only: bool
+    ledger_slots: tuple[int, ...]
+    inbox: int
+    inboxes: tuple[int, ...]
     is_paused: bool
     predecessor: int
     successor: int

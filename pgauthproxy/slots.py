@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pgauthproxy import program
 from pgauthproxy.config.schema import Settings
@@ -39,11 +39,18 @@ class Child:
     """How many times in a row it was asked for a sign of life, or was not ready to be."""
 
 
+def open_inbox() -> tuple[socket.socket, socket.socket]:
+    """Where to read, and where to write. Each client that is passed on is one packet."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
 @dataclass(slots=True)
 class Slot:
     """A place for a worker, with the sockets of whoever has it."""
 
     listening: list[StreamSocket]
+    inbox: tuple[socket.socket, socket.socket] = field(default_factory=open_inbox)
+    """Where its worker gets clients that others pass on, and where these write to (neighbours.py)."""
     child: Child | None = None
     deaths: int = 0
     retry: asyncio.TimerHandle | None = None
@@ -62,13 +69,13 @@ def open_slots(settings: Settings, count: int, listening: list[StreamSocket], se
 
 
 def start_worker(
-    control: socket.socket, listening: Sequence[socket.socket], ledger: int, relatives: tuple[int, int]
+    control: socket.socket, slot: Slot, inboxes: Sequence[int], ledger: int, relatives: tuple[int, int]
 ) -> int:
     """Starts this program as a worker; its process's number. It inherits these descriptors, and no others.
 
     Raises OSError.
     """
-    shared = [control.fileno(), *(each.fileno() for each in listening)]
+    shared = [control.fileno(), *(each.fileno() for each in slot.listening), slot.inbox[0].fileno(), *inboxes]
     shared += (descriptor for descriptor in (ledger, *relatives) if descriptor >= 0)
     return program.start(["worker", str(control.fileno())], shared, os.environ)
 

@@ -38,6 +38,7 @@ from pgauthproxy.control import (
     Settle,
 )
 from pgauthproxy.events import Noticed, Reloading
+from pgauthproxy.neighbours import Neighbours
 from pgauthproxy.net import listen
 from pgauthproxy.operators import open_console, remove_files
 from pgauthproxy.ops.acts import Act, Pause, Reload, Shutdown, UnansweredError, act_on
@@ -99,15 +100,15 @@ async def _serve(channel: Channel, begin: Begin, sink: LogSink, audit: AuditSink
         channel.send(Failed(tuple(faults)))
         return CANNOT_BEGIN
     if begin.ledger >= 0:
-        hold(begin.ledger, begin.ledger_slot)
+        hold(begin.ledger, begin.ledger_slots[begin.slot])
     latest = Latest(begin.settings)
     place = Place(
         begin.slot,
         begin.generation,
         removes_files=False,
         ledger=begin.ledger,
-        ledger_slot=begin.ledger_slot,
-        is_only=begin.is_only,
+        ledger_slot=begin.ledger_slots[begin.slot],
+        is_only=len(begin.inboxes) == 1,
     )
     worker = Worker(begin.settings, authenticator, listening, latest.read, sink, audit, place)
     try:
@@ -165,6 +166,10 @@ class Obeying:
         self._taking_over: asyncio.Task[None] | None = None
         self._handing_over: asyncio.Task[None] | None = None
         self._is_in_force = False
+        ledger, inbox = worker.gateway.limits.ledger, socket.socket(fileno=begin.inbox)
+        self._neighbours = Neighbours(ledger, begin.slot, inbox, begin.inboxes, begin.ledger_slots)
+        if begin.ledger >= 0:
+            worker.pass_on = self._neighbours.pass_on
         self._sink = sink
         self._audit = audit
         self._cancels = CancelQuestions(channel.send)
@@ -189,8 +194,10 @@ class Obeying:
                     if self._audit is not None:
                         self._audit(Reloading())
                 case Drain(why):
+                    self._neighbours.refuse()
                     self._worker.drain(("signal", why))
                 case EndNow(why):
+                    self._neighbours.refuse()
                     self._worker.end_now(("signal", why))
                 case CancelAsked():
                     self._answer(self._cancel(frame))
@@ -207,6 +214,7 @@ class Obeying:
         asyncio.get_running_loop().add_signal_handler(
             signal.SIGTERM, self._worker.end_now, ("signal", signal.SIGTERM.name)
         )
+        self._neighbours.refuse()
         self._cancels.give_up(GONE)
         self._wishes.give_up(GONE)
         if self._is_in_force:
@@ -227,11 +235,13 @@ class Obeying:
     def _listen(self) -> None:
         self._is_in_force = True
         self._worker.listen()
+        self._neighbours.open(self._worker.take_in)
         if self._predecessor is not None:
             self._taking_over = asyncio.get_running_loop().create_task(self._relatives.attend(self._predecessor))
 
     def _be_succeeded(self) -> None:
         self._is_in_force = False
+        self._neighbours.close()
         self._worker.be_succeeded()
         self._handing_over = asyncio.get_running_loop().create_task(
             hand_over(self._relatives, self._worker.gateway, self._successor, self._sink)
@@ -244,6 +254,7 @@ class Obeying:
 
     async def close(self) -> None:
         """Gives up what is under way."""
+        self._neighbours.close()
         tasks = {*self._answering, *filter(None, (self._taking_over, self._handing_over))}
         for task in tasks:
             task.cancel()

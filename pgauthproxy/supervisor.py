@@ -229,7 +229,7 @@ class Supervisor:
         self._generations, self._removes_files, self._seed = taken.generation, taken.removes_files, taken.seed
         self._whole.is_paused = taken.is_paused
         self._operators.take_over(self._settings, admin_listening)
-        self._slots = [Slot(listening, predecessor=worker) for listening, worker in slots]
+        self._slots = [Slot(listening, inbox, predecessor=worker) for listening, inbox, worker in slots]
         if ledger >= 0:
             self._counts = SharedCounts.share(self._settings, ledger, len(slots), taken.ledger_slots)
         else:
@@ -288,7 +288,7 @@ class Supervisor:
         await link.send(said, operators_sockets)
         for slot in self._slots:
             marks = tuple(each.proxy_protocol for each in slot.listening)
-            descriptors = [each.fileno() for each in slot.listening]
+            descriptors = [each.fileno() for each in (*slot.listening, *slot.inbox)]
             child = slot.child
             has_worker = child is not None and child.is_ready
             if child is not None and child.is_ready:
@@ -318,7 +318,7 @@ class Supervisor:
         successor, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         relatives = (slot.predecessor, worker_end.fileno())
         try:
-            pid = start_worker(theirs, slot.listening, self._counts.descriptor, relatives)
+            pid = start_worker(theirs, slot, self._inboxes(), self._counts.descriptor, relatives)
         except OSError as error:
             ours.close()
             successor.close()
@@ -360,8 +360,9 @@ class Supervisor:
             tuple(each.proxy_protocol for each in listening),
             self._removes_files,
             self._counts.descriptor,
-            self._counts.slots[child.slot],
-            len(self._slots) == 1,
+            tuple(self._counts.slots),
+            self._slots[child.slot].inbox[0].fileno(),
+            self._inboxes(),
             child.was_paused,
             *child.relatives,
         )
@@ -536,6 +537,9 @@ class Supervisor:
             self._tell(child, OpenAnew())
 
     # Between workers
+
+    def _inboxes(self) -> tuple[int, ...]:
+        return tuple(slot.inbox[1].fileno() for slot in self._slots)
 
     def _child_at(self, number: int) -> Child | None:
         return self._slots[number].child if number < len(self._slots) else None

@@ -99,7 +99,7 @@ class TakeGateway(Frame, frozen=True):
 class TakeSlot(Frame, frozen=True):
     """To a new supervisor, with the sockets that a worker accepts on: on which of them the PROXY protocol is spoken.
 
-    If `has_worker`, the last descriptor leads to the worker that is there now.
+    Behind them is its inbox, and if `has_worker`, what leads to the worker that is there now.
     """
 
     proxy_protocol: tuple[bool, ...]
@@ -418,17 +418,21 @@ async def take_listening(link: Link) -> tuple[TakeListening, list[StreamSocket],
     return said, taken[:clients], taken[clients:]
 
 
-async def take_gateway(link: Link) -> tuple[TakeGateway, list[StreamSocket], list[tuple[list[StreamSocket], int]]]:
+async def take_gateway(
+    link: Link,
+) -> tuple[TakeGateway, list[StreamSocket], list[tuple[list[StreamSocket], tuple[socket.socket, socket.socket], int]]]:
     """Offers to take over from a supervisor: what TakeGateway says, the sockets for operators, and for each slot its
-    own with what leads to its worker, -1 if there is none. Raises UpgradeError."""
+    own with its inbox, and what leads to its worker, -1 if there is none. Raises UpgradeError."""
     await link.send(Hello())
     said, admin = await _receive(link, TakeGateway)
     slots = []
     for _ in range(said.slots):
         slot, descriptors = await _receive(link, TakeSlot)
         worker = descriptors.pop() if slot.has_worker else -1
+        *descriptors, to_read, to_write = descriptors
         marked = zip(descriptors, slot.proxy_protocol, strict=True)
-        slots.append(([listen.take_over(each, proxy_protocol=is_so) for each, is_so in marked], worker))
+        listening = [listen.take_over(each, proxy_protocol=is_so) for each, is_so in marked]
+        slots.append((listening, (socket.socket(fileno=to_read), socket.socket(fileno=to_write)), worker))
     return said, [listen.take_over(each) for each in admin], slots
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -73,6 +73,8 @@ class Worker:
         self.gateway: Gateway = build_gateway(fitted, authenticator, to_all(sink, counts), ledger, audit, place.slot)
         self.gateway.limits.own_clients = own_clients
         self.reloads = Reloads(self.gateway, settings, fitted, listening, read, self._fit, sink, log, audit)
+        self.pass_on: Callable[[socket.socket, bool], bool] | None = None
+        """Whether another worker has taken a client; told is also whether the PROXY protocol comes first."""
         self.own = Own(self.gateway, counts)
         self._measuring: asyncio.Task[None] | None = None
         self._listeners: list[Listener] = []
@@ -158,6 +160,11 @@ class Worker:
         self._ended.set()
 
     def _accepted(self, connection: socket.socket, peer: Any, proxied: bool) -> None:
+        if self.pass_on is None or not self.pass_on(connection, proxied):
+            self.take_in(connection, peer, proxied)
+
+    def take_in(self, connection: socket.socket, peer: Any, proxied: bool) -> None:
+        """Begins a session with a client."""
         address = listen.address_of(peer)
         if (reason := self.gateway.access.refusal(address, as_balancer=proxied)) is not None:
             connection.close()

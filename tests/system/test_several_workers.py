@@ -273,6 +273,50 @@ def test_a_cancel_request_for_a_worker_that_is_stuck_ends_in_time(start_workers:
         wait_until(is_answered, "the requests to be over")
 
 
+# Sharing
+
+
+def workers_of(workers: Workers, clients: list[RawClient]) -> list[int]:
+    return [workers.worker_of(client) for client in clients]
+
+
+def logged_in(stack: contextlib.ExitStack, workers: Workers, count: int) -> list[RawClient]:
+    clients = []
+    for _ in range(count):
+        clients.append(stack.enter_context(RawClient(workers.port)))
+        clients[-1].log_in()
+    return clients
+
+
+def test_clients_are_shared_out_evenly(workers: Workers) -> None:
+    with contextlib.ExitStack() as stack:
+        share = workers_of(workers, logged_in(stack, workers, MANY)).count(0)
+        assert 0.4 * MANY <= share <= 0.6 * MANY
+
+
+def test_a_worker_that_was_replaced_fills_up_first(workers: Workers) -> None:
+    with contextlib.ExitStack() as stack:
+        old = workers.pids[0]
+        clients = logged_in(stack, workers, MANY)
+        staying = workers_of(workers, clients).count(1)
+        workers.kill(0)
+        workers.wait_for_successor(0, old)
+        # Until it has nearly as many again, the kernel may deal as it likes.
+        after = workers_of(workers, logged_in(stack, workers, staying * 3 // 4))
+        assert set(after) == {0}
+
+
+def test_who_is_passed_on_is_known_by_its_own_address(start_workers: StartWorkers) -> None:
+    listen = [{"address": "127.0.0.1:0", "proxy_protocol": True}]
+    workers = start_workers(listen=listen, proxy_protocol_from=["127.0.0.1"])
+    with contextlib.ExitStack() as stack:
+        for number in range(MANY // 2):
+            client = stack.enter_context(RawClient(workers.port))
+            client.send(proxy_v1(f"192.0.2.{number}"))
+            client.log_in()
+            workers.gateway.wait_for("login", client=f"192.0.2.{number}:56324")
+
+
 # Loss of a worker
 
 
