@@ -43,7 +43,8 @@ class SharedCounts:
         another version's."""
         slot = next((slot for slot in range(SLOTS) if _lock(descriptor, slot)), None)
         if slot is not None and (ledger := _open(settings, descriptor, slot)) is not None:
-            ledger.clear_slot(slot)
+            if slot in ledger.slots:
+                ledger.clear_slot(slot)
             return cls(descriptor, slot, ledger)
         os.close(descriptor)
         return cls.begin(settings)
