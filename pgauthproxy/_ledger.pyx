@@ -267,6 +267,7 @@ cdef class Ledger:
         """Says whether this worker is to be sent clients."""
         ledger_lock(&self._header.mutex)
         if whether:
+            self._header.used |= <uint64_t>1 << self._slot
             self._header.accepting |= <uint64_t>1 << self._slot
         else:
             self._header.accepting &= ~(<uint64_t>1 << self._slot)

@@ -45,7 +45,7 @@ class SharedCounts:
         too small for these settings, or another version's."""
         free = [slot for slot in range(SLOTS) if slot not in others and is_free(descriptor, slot)][:count]
         if len(free) == count and (ledger := _open(settings, descriptor)) is not None:
-            for slot in free:
+            for slot in {*free} & {*ledger.slots}:
                 ledger.clear_slot(slot)
             return cls(descriptor, free, ledger)
         os.close(descriptor)
