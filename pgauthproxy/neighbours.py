@@ -97,6 +97,10 @@ class Neighbours:
         except OSError:
             # The process that has it too was faster.
             return
+        if not said:
+            # Supervisor and workers are gone: nobody is left who could pass anything on.
+            asyncio.get_running_loop().remove_reader(self._inbox)
+            return
         proxied, family = SAID.unpack(said)
         for _, _, passed in ancillary:
             (descriptor,) = array.array("i", passed)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from pgauthproxy.secret import Secret
 
@@ -56,19 +57,19 @@ class Encryption(msgspec.Struct, frozen=True):
 
 
 class Started(msgspec.Struct, frozen=True):
-    """The client has said who it is and what it wants; nothing of it is proved, but by a certificate."""
+    """The client has said who it is and what it wants; nothing of it is proved, but by a certificate.
+
+    `user` and `database` are what the parameters say, which a login asks for a dozen times.
+    """
 
     accepted: Accepted
     parameters: Parameters
     encryption: Encryption | None = None
+    user: bytes = b""
+    database: bytes = b""
 
-    @property
-    def user(self) -> bytes:
-        return parameter(self.parameters, b"user")
-
-    @property
-    def database(self) -> bytes:
-        return parameter(self.parameters, b"database") or self.user
+    def __post_init__(self) -> None:
+        _name(self)
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -160,7 +161,7 @@ class Mapping(msgspec.Struct, frozen=True):
     bound how long it may idle, zero for no bound, None for what the configuration says. `warm` is how many connections
     to the target should stand open before they are needed, None for what the configuration says. `cache_seconds` is how
     long the same answer holds for the same question, None for not at all, and zero empties the cache. `lease` is what
-    the credential was lent with.
+    the credential was lent with. `user` and `database` are what the parameters say.
     """
 
     hosts: tuple[Address, ...]
@@ -174,14 +175,18 @@ class Mapping(msgspec.Struct, frozen=True):
     warm: int | None = None
     cache_seconds: float | None = None
     lease: Lease | None = None
+    user: bytes = b""
+    database: bytes = b""
 
-    @property
-    def user(self) -> bytes:
-        return parameter(self.parameters, b"user")
+    def __post_init__(self) -> None:
+        _name(self)
 
-    @property
-    def database(self) -> bytes:
-        return parameter(self.parameters, b"database") or self.user
+
+def _name(stage: Started | Mapping) -> None:
+    """Takes the user and the database, which is the user's own if none is named, from the parameters."""
+    user = parameter(stage.parameters, b"user")
+    force_setattr(stage, "user", user)
+    force_setattr(stage, "database", parameter(stage.parameters, b"database") or user)
 
 
 class Granted(msgspec.Struct, frozen=True):

@@ -31,7 +31,10 @@ class Networks:
             return False
         packed = _pack(address)
         version, number = (4 if len(packed) == IPV4_BYTES else 6), int.from_bytes(packed)
-        return any(of == version and number & mask == network for of, mask, network in self._blocks)
+        for of, mask, network in self._blocks:  # noqa: SIM110 (a generator would cost more than the look-up)
+            if of == version and number & mask == network:
+                return True
+        return False
 
 
 def is_local(address: str) -> bool:

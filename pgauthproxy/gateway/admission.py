@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,7 +41,7 @@ class Client(Protocol):
     def watch(self, watcher: Watcher | None) -> None:
         """Calls `watcher` once the client is gone."""
 
-    async def receive_password(self, started: Started, policy: ClientPolicy) -> Proof:
+    def receive_password(self, started: Started, policy: ClientPolicy) -> Awaitable[Proof]:
         """Its answer to a request for a password, or for the MD5 of it."""
 
     async def receive_scram(self, started: Started, verifier: scram.Verifier, policy: ClientPolicy) -> scram.Keys:

@@ -55,13 +55,13 @@ class CancelKeys:
 
         4 bytes of process ID and the secret, as long as the client understands.
         """
+        size = PROCESS_ID_BYTES + (LONG_SECRET_BYTES if minor >= LONG_SECRETS_SINCE else SECRET_BYTES)
         process_id = 0
         while process_id == 0 or process_id in self._sessions:
-            number = int.from_bytes(secrets.token_bytes(PROCESS_ID_BYTES)) & MOST_NUMBER
-            process_id = self._slot << SLOT_SHIFT | number
+            random = secrets.token_bytes(size)
+            process_id = self._slot << SLOT_SHIFT | int.from_bytes(random[:PROCESS_ID_BYTES]) & MOST_NUMBER
         self._sessions[process_id] = session
-        size = LONG_SECRET_BYTES if minor >= LONG_SECRETS_SINCE else SECRET_BYTES
-        session.cancel_key = process_id.to_bytes(PROCESS_ID_BYTES) + secrets.token_bytes(size)
+        session.cancel_key = process_id.to_bytes(PROCESS_ID_BYTES) + random[PROCESS_ID_BYTES:]
         return session.cancel_key
 
     def take_up(self, session: Cancellable) -> None:

@@ -1,6 +1,7 @@
 """The client's side of a session while it logs in: the gateway is the server here."""
 
 import secrets
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,11 +40,11 @@ class ClientLeg(Leg):
         """Where a load balancer says that the client comes from; empty if the connection's own address is meant."""
         return await self.drive(proxy_header.receive_proxy_header(self.framer))
 
-    async def receive_startup(
+    def receive_startup(
         self, policy: ClientPolicy, tls: TlsSide | None, *, local: bool
-    ) -> StartupMessage | CancelRequest:
+    ) -> Awaitable[StartupMessage | CancelRequest]:
         """`local` clients come over a Unix socket, where TLS is not spoken nor needed."""
-        return await self.drive(
+        return self.drive(
             startup.receive_startup(
                 self.framer,
                 policy.max_startup_packet,
@@ -52,14 +53,14 @@ class ClientLeg(Leg):
             )
         )
 
-    async def receive_password(self, started: Started, policy: ClientPolicy) -> Proof:
+    def receive_password(self, started: Started, policy: ClientPolicy) -> Awaitable[Proof]:
         """The answer to a request for a password, or for its MD5."""
         if policy.method == "md5":
             salt = secrets.token_bytes(SALT_BYTES)
             login = client_login.receive_md5(self.framer, started.user, salt, policy.max_password_message)
         else:
             login = client_login.receive_cleartext(self.framer, started.user, policy.max_password_message)
-        return await self.drive(login)
+        return self.drive(login)
 
     async def receive_scram(self, started: Started, verifier: scram.Verifier, policy: ClientPolicy) -> scram.Keys:
         """The client's keys, once it has proved that it knows the password of this verifier."""

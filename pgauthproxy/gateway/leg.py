@@ -5,7 +5,6 @@ is left to be read.
 """
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
@@ -78,9 +77,11 @@ class Leg(asyncio.BufferedProtocol):
             return
         sent = 0
         if not self._unsent:
-            # What the socket does not take, or why it takes nothing, is the transport's to find out.
-            with contextlib.suppress(OSError):
+            try:
                 sent = self._connection.send(data)
+            except OSError:
+                # What the socket does not take, or why it takes nothing, is the transport's to find out.
+                sent = 0
         self._unsent += data[sent:]
 
     async def open(self) -> asyncio.Transport:
@@ -160,8 +161,9 @@ class Leg(asyncio.BufferedProtocol):
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
         if self._watcher is not None and self.gone:
             watcher, self._watcher = self._watcher, None
             watcher()
@@ -225,7 +227,7 @@ class Leg(asyncio.BufferedProtocol):
                 return
         else:
             self._transport.resume_reading()
-        await self._wait()
+        await self._heard()
         if self._lost:
             raise self.gone_fault()
 
@@ -233,15 +235,13 @@ class Leg(asyncio.BufferedProtocol):
         """Waits until the peer has closed its side. What it says until then is dropped."""
         await self.open()
         while not self._lost and not self.at_eof:
-            await self._wait()
+            await self._heard()
             self.framer.take_rest()
 
-    async def _wait(self) -> None:
+    def _heard(self) -> asyncio.Future[None]:
+        """Done once there is anything new from the peer, be it that it is gone. One at a time waits for it."""
         self._waiting = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiting
-        finally:
-            self._waiting = None
+        return self._waiting
 
     def gone_fault(self) -> Fault:
         """What it means that this peer left during its login."""

@@ -277,12 +277,13 @@ class Session:
     def begin(self, connection: socket.socket, address: str, *, proxied: bool) -> None:
         """Takes over an accepted, non-blocking socket. `proxied`: the PROXY protocol is spoken on it first."""
         loop = asyncio.get_running_loop()
-        deadline = GatewayFault(
-            INVALID_AUTHORIZATION, "canceling authentication due to timeout", "login_timeout: the login took too long"
-        )
-        self._timer = loop.call_later(self._gateway.login_timeout, self.refuse_login, deadline)
+        self._timer = loop.call_later(self._gateway.login_timeout, self._too_late)
         self._accepted = Accepted(self.id, address)
         self._task = loop.create_task(self._run(connection, proxied))
+
+    def _too_late(self) -> None:
+        told = "canceling authentication due to timeout"
+        self.refuse_login(GatewayFault(INVALID_AUTHORIZATION, told, "login_timeout: the login took too long"))
 
     def refuse_login(self, fault: Fault) -> None:
         """Ends a login, or a console, from outside; a session that has a target is left alone."""
@@ -612,14 +613,15 @@ class Session:
             if self._ends_lost == 2:
                 self._left.set_result(None)
             return
-        if self._client_end is not None and self._client_end.has_finished:
-            # A target that was told good-bye may close with our own still on its way, which looks like a reset.
-            reason, error = CloseReason.CLIENT_CLOSED, None
-        elif end.faces_target:
-            reason = CloseReason.TARGET_LOST if error else CloseReason.TARGET_CLOSED
-        else:
-            reason = CloseReason.CLIENT_LOST if error else CloseReason.CLIENT_CLOSED
-        self._close(reason, str(error or ""))
+        if self._reason is None:
+            if self._client_end is not None and self._client_end.has_finished:
+                # A target that was told good-bye may close with our own still on its way, which looks like a reset.
+                reason, error = CloseReason.CLIENT_CLOSED, None
+            elif end.faces_target:
+                reason = CloseReason.TARGET_LOST if error else CloseReason.TARGET_CLOSED
+            else:
+                reason = CloseReason.CLIENT_LOST if error else CloseReason.CLIENT_CLOSED
+            self._close(reason, str(error or ""))
         client_end, target_end = self._client_end, self._target_end
         if self._ends_lost < 2 or client_end is None or target_end is None or self._reason is None:
             return

@@ -30,13 +30,13 @@ class DialError(Exception):
 
 
 def tune(connection: socket.socket, options: TcpOptions, *, anew: bool = False) -> None:
-    """Sets keepalive, and that small messages go out at once; what is accepted inherits it from its listener.
+    """Sets keepalive; what is accepted inherits it from its listener.
 
-    Unix sockets need neither. `anew`: it had other options before.
+    Unix sockets need none. `anew`: it had other options before. That small messages go out at once (TCP_NODELAY) is
+    seen to by the loop, whatever the listener has, and before a login has more than one to send.
     """
     if connection.family == socket.AF_UNIX:
         return
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, KEEPALIVE_IDLE, options.keepalive_idle)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, options.keepalive_interval)

@@ -33,6 +33,8 @@ class _Unix(StreamSocket):
     type = socket.SOCK_STREAM
 
 
+# macOS has no such flag.
+BORN_NON_BLOCKING: Final[int] = getattr(socket, "SOCK_NONBLOCK", 0)
 _OF_FAMILY: Final[dict[int, type[StreamSocket]]] = {
     socket.AF_INET: _Tcp4,
     socket.AF_INET6: _Tcp6,
@@ -47,6 +49,8 @@ def is_known(family: int) -> bool:
 
 def make(family: int, descriptor: int | None = None) -> StreamSocket:
     """A non-blocking stream socket: a new one, or that of a descriptor, which it owns."""
+    if descriptor is None and BORN_NON_BLOCKING:
+        return _OF_FAMILY[family](family, socket.SOCK_STREAM | BORN_NON_BLOCKING)
     made = _OF_FAMILY[family](family, socket.SOCK_STREAM, 0, descriptor)
     made.setblocking(False)
     return made

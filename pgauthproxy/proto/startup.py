@@ -84,8 +84,9 @@ def receive_startup(
             version = min(code, messages.PROTOCOL_3_2)
             if version != code or refused:
                 yield messages.negotiate_protocol_version(version, refused)
-            parameters = tuple(pair for pair in sent if pair[0] not in refused)
-            return StartupMessage(parameters, version & 0xFFFF, encryption)
+            if refused:
+                sent = tuple(pair for pair in sent if pair[0] not in refused)
+            return StartupMessage(sent, version & 0xFFFF, encryption)
 
 
 def _direct_tls(framer: _wire.Framer, tls: TlsSide | None) -> Login[Encryption | None]:

@@ -53,8 +53,7 @@ class Welcome(msgspec.Struct, frozen=True):
     encryption: Encryption | None
 
 
-@dataclass(frozen=True, slots=True)
-class TargetTerms:
+class TargetTerms(msgspec.Struct, frozen=True):
     """On what terms one target is spoken to.
 
     `tls` is None for plain; `local`: nobody else can read what is sent (loopback, Unix socket); `pass_error_text`:

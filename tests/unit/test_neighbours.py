@@ -187,3 +187,20 @@ def test_one_that_is_gone_by_then_is_nobody(gateway: Gateway, loop: asyncio.Abst
             ((passed, at, _),) = take(loop, gateway, 1)
             passed.close()
             assert at == peer
+
+
+def test_the_last_one_left_is_sent_nothing(gateway: Gateway, loop: asyncio.AbstractEventLoop) -> None:
+    told: list[object] = []
+    loop.set_exception_handler(lambda _, context: told.append(context))
+    to_read, to_write = open_inbox()
+    last = Neighbours(gateway.ledgers[0], 0, to_read, [to_write.detach()], Gateway.SLOTS[:1])
+
+    async def look() -> None:
+        last.open(lambda *what: told.append(what))
+        # It sees the end of the inbox in the next turn, and no more of it after that.
+        for _ in range(3):
+            await asyncio.sleep(0)
+        last.close()
+
+    loop.run_until_complete(look())
+    assert told == []
