@@ -268,7 +268,7 @@ cdef class End:
                 self._peer.transport.resume_reading()
 
     def connection_lost(self, error):
-        if error is None and self._broken:
+        if error is None and (self._broken or self in self._buffer.paused and self.is_reset):
             error = ConnectionResetError(ECONNRESET, "connection reset by peer")
         if self._failure is not None:
             error = self._failure
