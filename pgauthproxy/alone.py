@@ -56,7 +56,7 @@ def serve(
     Raises AuthenticatorConfigError, PidFileError and UpgradeError if it cannot begin to.
     """
     ignore_warnings()
-    prepare_process()
+    prepare_process(core_dumps=settings.core_dumps)
     fitted, _ = fitting(settings, ignore)
     counts = SharedCounts.share(fitted, ledger) if ledger >= 0 else SharedCounts.begin(fitted)
     slot = counts.slots[0]

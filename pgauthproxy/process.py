@@ -17,6 +17,7 @@ from pgauthproxy.events import Noticed, Sink
 from pgauthproxy.net import listen
 from pgauthproxy.net.dial import tune
 from pgauthproxy.net.sockets import StreamSocket
+from pgauthproxy.ops.privileges import hide_memory
 from pgauthproxy.reload import OneAtATime, warn_of_cleartext
 from pgauthproxy.service import Service
 
@@ -67,10 +68,11 @@ def ignore_warnings() -> None:
     warnings.simplefilter("ignore")
 
 
-def prepare_process() -> None:
+def prepare_process(*, core_dumps: bool) -> None:
     """Closes what credentials could leak through, and raises the limit on descriptors."""
     _spawn.keep_descriptors_private()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if not core_dumps:
+        hide_memory()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

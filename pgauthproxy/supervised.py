@@ -62,7 +62,6 @@ CANNOT_BEGIN: Final = 2
 def run(descriptor: int) -> None:
     """The whole life of a worker whose supervisor listens at the other end of this descriptor."""
     ignore_warnings()
-    prepare_process()
     sys.exit(uvloop.run(_run(descriptor)))
 
 
@@ -74,6 +73,7 @@ async def _run(descriptor: int) -> int:
     begin = await channel.receive()
     if not isinstance(begin, Begin):
         return 0
+    prepare_process(core_dumps=begin.settings.core_dumps)
     sink = LogSink(begin.settings.log.format, begin.settings.log.level, worker=begin.slot)
     audit = build_audit(begin.settings, sink)
     try:

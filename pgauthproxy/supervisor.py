@@ -110,7 +110,7 @@ def supervise(
 
     Raises WorkersFailedError, PidFileError and UpgradeError if it cannot begin to.
     """
-    prepare_process()
+    prepare_process(core_dumps=settings.core_dumps)
     # Those of a gateway that is to be succeeded are asked for later, once it has said which parts of them it has.
     counts = SharedCounts.begin(settings, len(slots)) if link is None else SharedCounts(-1, (), None)
     supervisor = Supervisor(settings, slots, admin_listening, counts, read, log, audit, service, words)

@@ -509,6 +509,8 @@ class Settings(_Settings, frozen=True):
     readable for this user, and authenticators run as it."""
     group: str = ""
     """Its group there. Without it: the user's own."""
+    core_dumps: bool = False
+    """Whether processes may leave core dumps, and debuggers of their own user look into them. Both show credentials."""
     no_new_privs: bool = False
     """Linux: nothing that the gateway starts gets more rights than it has, by set-user-ID programs for example."""
     drain_timeout: NotNegative = 30.0
@@ -569,6 +571,7 @@ FIXED: Final = (
     "workers",
     "user",
     "group",
+    "core_dumps",
     "no_new_privs",
     "backlog",
     "buffer_size",

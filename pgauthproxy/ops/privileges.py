@@ -10,12 +10,14 @@ import grp
 import importlib
 import os
 import pwd
+import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 ROOT: Final = 0
+PR_SET_DUMPABLE: Final = 4
 PR_SET_NO_NEW_PRIVS: Final = 38
 IMPORTED_LATE: Final = ("concurrent.futures.thread", "cryptography.x509", "encodings.idna", "uvloop")
 """What is otherwise imported when it is first of use. Python itself may stand where only root can read."""
@@ -92,3 +94,14 @@ def forbid_new() -> None:
         raise PrivilegesError("no_new_privs: only Linux has this")
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise PrivilegesError(f"no_new_privs: {os.strerror(ctypes.get_errno())}")
+
+
+def hide_memory() -> None:
+    """From here on no core dump of this process is made, and no debugger of its own user gets at what it knows.
+
+    Not of the programs that it starts, but for the limit on the size of core dumps, which they inherit (prctl(2),
+    PR_SET_DUMPABLE).
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)

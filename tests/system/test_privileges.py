@@ -243,3 +243,15 @@ def test_no_process_of_it_leaves_a_core_dump_in_which_credentials_are(
         wait_until(lambda: len(gateway.family) >= least, "the authenticator to run")
         for pid in gateway.family:
             assert core_limits(pid) == ["0", "0"], Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this")
+@pytest.mark.parametrize("core_dumps", [False, True])
+def test_no_debugger_of_its_own_user_gets_at_the_memory_of_a_process(*, core_dumps: bool) -> None:
+    program = (
+        "import ctypes, sys; from pgauthproxy.process import prepare_process\n"
+        f"prepare_process(core_dumps={core_dumps})\n"
+        "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))  # PR_GET_DUMPABLE"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert said == f"{int(core_dumps)}\n"
