@@ -33,7 +33,8 @@ from pgauthproxy import program
 from pgauthproxy.control import CancelAsked, CancelDone, CancelQuestions, Frame
 from pgauthproxy.events import Noticed, Sink
 from pgauthproxy.gateway import cancel
-from pgauthproxy.gateway.session import Gateway, HandedOver, Session
+from pgauthproxy.gateway.moving import HandedOver
+from pgauthproxy.gateway.session import Gateway, Session
 from pgauthproxy.net import listen
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.ops.acts import Pause, Resume, act_on

@@ -37,8 +37,9 @@ from pgauthproxy.gateway.client_leg import ClientLeg
 from pgauthproxy.gateway.console import NO_USER, Admin, Console, uid_of_peer
 from pgauthproxy.gateway.leg import Leg, TakenUpLeg
 from pgauthproxy.gateway.limits import Limits, Place
+from pgauthproxy.gateway.moving import HandedOver, Identity, SendHandedOver
 from pgauthproxy.gateway.paused import PausedClients
-from pgauthproxy.gateway.rules import Breach, SessionRules, Watch, Watched
+from pgauthproxy.gateway.rules import Breach, SessionRules, Watch
 from pgauthproxy.gateway.target_leg import TargetLeg, Targets
 from pgauthproxy.proto import client_login, messages
 from pgauthproxy.proto.console import Statement, serve
@@ -108,44 +109,6 @@ CONSOLE_KEY_BYTES: Final = 8
 def shutting_down() -> GatewayFault:
     """57P03, for whoever is not in yet."""
     return GatewayFault(CANNOT_CONNECT_NOW, "the gateway is shutting down")
-
-
-class Identity(msgspec.Struct, frozen=True, array_like=True):
-    """Who a session is, at both its ends: what is kept of its login for as long as it lives, in one piece of memory."""
-
-    user: bytes
-    address: str
-    database: bytes
-    application_name: bytes
-    tls: str
-    target_user: bytes
-    target_database: bytes
-
-
-class HandedOver(msgspec.Struct, frozen=True):
-    """A session on its way to another process.
-
-    Of each side: how many bytes were received, the last of them, and what is still to be sent to it.
-    """
-
-    number: int
-    identity: bytes
-    began: float
-    cancel_key: bytes
-    target_key: bytes
-    reached: Address
-    client: tuple[int, bytes, bytes]
-    target: tuple[int, bytes, bytes]
-    watched: Watched | None = None
-    observed: bytes | None = None
-    """What its observer knows, if it has one."""
-    is_audited: bool = False
-    """Whether what the client says is recorded."""
-
-
-SendHandedOver = Callable[[HandedOver, tuple[int, int]], Awaitable[bool]]
-"""Sends it to the other process with the descriptors of the client's connection and the target's; False if that one is
-gone."""
 
 
 class Session:
@@ -558,9 +521,7 @@ class Session:
         return is_sent
 
     @classmethod
-    async def take_up(
-        cls, gateway: Gateway, handed: "HandedOver", client: socket.socket, target: socket.socket
-    ) -> None:
+    async def take_up(cls, gateway: Gateway, handed: HandedOver, client: socket.socket, target: socket.socket) -> None:
         """Goes on with a session of another process."""
         self = cls(gateway, handed.number, is_taken_up=True)
         self._identity = handed.identity

@@ -13,7 +13,8 @@ from pgauthproxy.auth.admins import AdminsAuthenticator
 from pgauthproxy.build import build_gateway, build_ledger
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.events import CloseReason, Ended, Event
-from pgauthproxy.gateway.session import HandedOver, Identity, Session
+from pgauthproxy.gateway.moving import HandedOver, Identity
+from pgauthproxy.gateway.session import Session
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Address
 from tests.wire import RESET_ON_CLOSE, SECONDS

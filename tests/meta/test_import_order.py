@@ -21,7 +21,7 @@ LAYOUT = [
     "auth.typed rehearsal authenticator auth.calls auth.python auth.http_json auth.http",
     "net.sockets net.listen net.dial net.tls",
     "auth.https auth.keysets auth.jwt auth.directory auth.ldap auth.vault_client auth.vault",
-    "gateway.access gateway.limits gateway.throttle gateway.rules gateway.salted_keys gateway.paused",
+    "gateway.access gateway.limits gateway.throttle gateway.rules gateway.moving gateway.salted_keys gateway.paused",
     "gateway.leg gateway.client_leg gateway.admission gateway.warm gateway.target_leg gateway.cancel",
     "gateway.console gateway.session",
     "ops.later ops.log ops.outlets ops.audit ops.privileges",
