@@ -156,6 +156,13 @@ class RawClient:
         self.send(password())
         return self.read_until(b"Z")
 
+    def ask(self, sql: str) -> list[bytes]:
+        """The first column of the rows."""
+        self.send(query(sql))
+        messages = self.read_until(b"Z")
+        assert not [error_fields(body) for kind, body in messages if kind == b"E"]
+        return [body[6:] for kind, body in messages if kind == b"D"]
+
     def assert_served(self) -> None:
         """A query must be answered."""
         self.send(query("select 42"))

@@ -51,27 +51,18 @@ from tests.wire import (
     startup,
 )
 
-
-def ask(client: RawClient, sql: str) -> list[bytes]:
-    """The first column of the rows."""
-    client.send(query(sql))
-    messages = client.read_until(b"Z")
-    assert not [error_fields(body) for kind, body in messages if kind == b"E"]
-    return [body[6:] for kind, body in messages if kind == b"D"]
-
-
 # What moves
 
 
 def test_a_session_in_the_middle_of_a_transaction_moves_and_notices_nothing(upgradable: Upgradable) -> None:
     with RawClient(upgradable.port) as client:
         client.log_in()
-        ask(client, "begin; create temp table kept (n int); insert into kept values (42)")
+        client.ask("begin; create temp table kept (n int); insert into kept values (42)")
         for _ in range(3):
             upgradable.upgrade()
             upgradable.wait_until_moved()
-            assert ask(client, "select n from kept") == [b"42"]
-        assert ask(client, "commit; select count(*) from kept") == [b"1"]
+            assert client.ask("select n from kept") == [b"42"]
+        assert client.ask("commit; select count(*) from kept") == [b"1"]
         assert_serves(upgradable.port)
         client.send(message(b"X"))
         assert client.read_to_end() == b""
@@ -262,7 +253,7 @@ def test_a_session_that_moves_is_in_its_transaction_there(start_upgradable: Star
     upgradable = start_upgradable(idle_in_transaction_timeout=1.5, idle_timeout=600)
     with RawClient(upgradable.port) as client:
         client.log_in()
-        ask(client, "begin")
+        client.ask("begin")
         with Typing(client):
             upgradable.upgrade()
             upgradable.wait_until_moved()
@@ -289,13 +280,13 @@ def test_a_statement_is_recorded_once_though_its_session_moves_in_the_middle_of_
     whole = query("select 'the whole of it'")
     with RawClient(upgradable.port) as client:
         client.log_in()
-        ask(client, "select 1")
+        client.ask("select 1")
         client.send(whole[:17])
         upgradable.upgrade()
         upgradable.wait_until_moved()
         client.send(whole[17:])
         assert b"D" in [kind for kind, _ in client.read_until(b"Z")]
-        ask(client, "select 2")
+        client.ask("select 2")
         client.send(message(b"X"))
         client.read_to_end()
     wait_until(lambda: upgradable.gateway.log_lines("session ended"), "the session to have ended")
@@ -309,11 +300,11 @@ def test_what_is_recorded_no_more_is_not(start_upgradable: StartUpgradable, tmp_
     upgradable = start_upgradable(audit={"file": str(file), "statements": True})
     with RawClient(upgradable.port) as client:
         client.log_in()
-        ask(client, "select 1")
+        client.ask("select 1")
         upgradable.gateway.rewrite(audit={"statements": False})
         upgradable.upgrade()
         upgradable.wait_until_moved()
-        ask(client, "select 2")
+        client.ask("select 2")
     assert "select 1" in file.read_text()
     assert "select 2" not in file.read_text()
 

@@ -31,14 +31,6 @@ def upgradable(start_upgradable: StartUpgradable) -> Upgradable:
     return start_upgradable(workers=2)
 
 
-def ask(client: RawClient, sql: str) -> list[bytes]:
-    """The first column of the rows."""
-    client.send(query(sql))
-    messages = client.read_until(b"Z")
-    assert not [error_fields(body) for kind, body in messages if kind == b"E"]
-    return [body[6:] for kind, body in messages if kind == b"D"]
-
-
 # What moves
 
 
@@ -47,15 +39,15 @@ def test_sessions_in_the_middle_of_a_transaction_move_from_each_worker(upgradabl
     with contextlib.ExitStack() as stack:
         clients = [workers.client_at(stack, worker) for worker in (0, 1)]
         for client in clients:
-            ask(client, "begin; create temp table kept (n int); insert into kept values (42)")
+            client.ask("begin; create temp table kept (n int); insert into kept values (42)")
         old = set(workers.pids.values())
         upgradable.upgrade()
         upgradable.wait_until_moved()
         wait_until(lambda: not any(map(is_alive, old)), "the old workers to be gone")
         assert not old & set(workers.pids.values())
         for client in clients:
-            assert ask(client, "select n from kept") == [b"42"]
-            ask(client, "commit")
+            assert client.ask("select n from kept") == [b"42"]
+            client.ask("commit")
         assert_serves(upgradable.port)
 
 
