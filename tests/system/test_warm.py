@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import termios
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -24,10 +25,12 @@ class Counting:
         self.open: list[socket.socket] = []
         self.started: list[int] = []
         self.closed: list[int] = []
+        self._counting = threading.Lock()
 
     def __call__(self, connection: socket.socket) -> None:
-        self.open.append(connection)
-        number = len(self.open)
+        with self._counting:
+            self.open.append(connection)
+            number = len(self.open)
         try:
             greet(connection)
             self.started.append(number)
@@ -80,7 +83,8 @@ def test_none_stands_open_unless_that_is_wanted(
     with answering_gateway(tmp_path_factory.mktemp("cold"), target={"tls": {"mode": "disable"}}) as answering:
         for _ in range(3):
             answering.greeted(at(target.port))
-    assert len(script.open) == len(script.started) == 3
+    wait_until(lambda: len(script.started) == 3, "all logins to be noted")
+    assert len(script.open) == 3
 
 
 def test_one_that_the_target_has_closed_is_found_dead_before_use(
@@ -92,6 +96,7 @@ def test_one_that_the_target_has_closed_is_found_dead_before_use(
     for connection in script.open[1:3]:
         connection.shutdown(socket.SHUT_RDWR)
     warm_gateway.greeted(at(target.port))
+    wait_until(lambda: len(script.started) == 2, "the second login to be noted")
     assert script.started[-1] > 3
 
 
@@ -106,6 +111,7 @@ def test_one_that_has_said_anything_is_not_used(
     # Its word is on its way; until it is here, the connection might still be taken, and then the client would be told.
     wait_until(lambda: unread(script.open[1:3]) == 0, "the gateway to read it")
     warm_gateway.greeted(at(target.port))
+    wait_until(lambda: len(script.started) == 2, "the second login to be noted")
     assert script.started[-1] > 3
 
 
