@@ -303,6 +303,8 @@ class Supervisor:
             if slot.retry is not None:
                 slot.retry.cancel()
         for child in self._children.values():
+            # It has to see when its successor is gone.
+            child.successor.close()
             if child.is_ready:
                 self._tell(child, BeSucceeded())
             else:

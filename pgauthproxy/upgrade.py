@@ -330,7 +330,7 @@ async def hand_over(relatives: Relatives, gateway: Gateway, link: Link, sink: Si
     """Hands over what can be, and is the successor's relative for as long as that is there."""
     attending = asyncio.get_running_loop().create_task(relatives.attend(link))
     try:
-        await hand_over_sessions(gateway, link, sink)
+        await _hand_over_sessions(gateway, link, lambda: not attending.done(), sink)
         await attending
     finally:
         attending.cancel()
@@ -380,18 +380,19 @@ async def until_exited(pid: int) -> None:
     await exited.wait()
 
 
-async def hand_over_sessions(gateway: Gateway, link: Link, sink: Sink) -> None:
-    """Hands over all sessions that can be, some of them later; returns when there are none, or no successor."""
+async def _hand_over_sessions(gateway: Gateway, link: Link, is_there: Callable[[], bool], sink: Sink) -> None:
+    """Hands over all sessions that can be, some of them later; returns when there are none, or no successor: then
+    those that are left go on here."""
 
     async def send(session: HandedOver, descriptors: tuple[int, int]) -> bool:
         return await link.send(TakeSession(session), descriptors)
 
     pause = FIRST_PAUSE_SECONDS
-    while gateway.sessions:
+    while gateway.sessions and is_there():
         count = 0
         for session in list(gateway.sessions):
             session.leave_console()
-            if not session.can_move:
+            if not session.can_move or not is_there():
                 continue
             try:
                 is_sent = await session.hand_over(send)

@@ -458,7 +458,7 @@ def test_not_one_byte_is_lost_or_doubled_either_way(
     assert received.hexdigest() == expected.hexdigest()
 
 
-FLOOD_BYTES = 16 << 20
+FLOOD_BYTES = 40 << 20
 """More than the kernel's buffers and the gateway's take between a sender and one who does not read."""
 STUCK_SECONDS = 0.3
 

@@ -23,7 +23,7 @@ from tests.system.conftest import (
 )
 from tests.system.operators import ask as ask_operators
 from tests.tls import Authority
-from tests.wire import RawClient, cancel_request, error_fields, message, query, startup
+from tests.wire import RawClient, cancel_request, error_fields, message, password, query, startup
 
 
 @pytest.fixture
@@ -158,6 +158,30 @@ def test_an_old_worker_that_is_killed_takes_its_sessions_alone(
         for each in moving:
             each.assert_served()
         assert_serves(upgradable.port)
+
+
+def test_a_new_worker_that_is_killed_takes_no_session_of_the_old_one_along(
+    start_upgradable: StartUpgradable, authority: Authority
+) -> None:
+    identity = authority.issue("upgraded", "localhost")
+    tls = {"cert": str(identity.cert), "key": str(identity.key)}
+    upgradable = start_upgradable(workers=2, tls=tls, login_timeout=60)
+    workers = Workers(upgradable.gateway)
+    with logged_in_by_tls(upgradable.port, authority, "staying") as (staying, _):
+        slow = RawClient(upgradable.port)
+        with slow:
+            # A login in progress moves once it is done; by then there is nobody to move to.
+            slow.send(startup())
+            slow.read_message()
+            upgradable.upgrade()
+            for worker, pid in list(workers.pids.items()):
+                workers.kill(worker)
+                workers.wait_for_successor(worker, pid)
+            slow.send(password())
+            slow.read_until(b"Z")
+            slow.assert_served()
+            staying.assert_served()
+            assert_serves(upgradable.port)
 
 
 def test_an_old_supervisor_can_be_told_to_end(start_upgradable: StartUpgradable, authority: Authority) -> None:
