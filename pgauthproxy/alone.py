@@ -124,9 +124,12 @@ class _Alone:
             if not self._is_succeeded:
                 self._service.stopping()
             await worker.finish()
-            if self._is_succeeded and attending is not None:
-                # Cancel requests for its sessions go through this process.
-                await worker.until_told(attending)
+            if self._is_succeeded:
+                await worker.until_told(loop.create_task(self._relatives.until_all_is_given_back()))
+                # Cancel requests for a predecessor's sessions go through this process, as does what they give back.
+                if attending is not None:
+                    await worker.until_told(attending)
+                await worker.until_all_is_released()
         finally:
             self._pid_file.give_up()
             for task in (attending, self._handing_over):

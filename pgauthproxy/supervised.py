@@ -125,7 +125,7 @@ async def _serve(channel: Channel, begin: Begin, sink: LogSink, audit: AuditSink
         channel.send(Ready())
         await worker.serve()
         await worker.finish()
-        await obeying.until_predecessor_is_gone()
+        await obeying.until_not_needed()
     finally:
         attending.cancel()
         await asyncio.wait([attending])
@@ -247,10 +247,14 @@ class Obeying:
             hand_over(self._relatives, self._worker.gateway, self._successor, self._sink)
         )
 
-    async def until_predecessor_is_gone(self) -> None:
-        """For one that is succeeded itself: cancel requests for that one's sessions go through this process."""
-        if self._handing_over is not None and self._taking_over is not None:
+    async def until_not_needed(self) -> None:
+        """For one that is succeeded: it may keep leases, and cancel requests for a predecessor go through it."""
+        if self._handing_over is None:
+            return
+        await self._worker.until_told(asyncio.get_running_loop().create_task(self._relatives.until_all_is_given_back()))
+        if self._taking_over is not None:
             await self._worker.until_told(self._taking_over)
+        await self._worker.until_all_is_released()
 
     async def close(self) -> None:
         """Gives up what is under way."""

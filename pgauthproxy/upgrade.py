@@ -8,8 +8,8 @@ Strategy:
   be written to the other yet. How much that is, is asked once the transports are closed and write no more. So nothing
   can be lost or doubled.
 - What an observer knows of a session goes along, be it in the middle of a message.
-- A session that speaks TLS stays: its keys are in this process's memory. So does one with a credential on lease, which
-  is given back here, and a login in progress, until it is done.
+- A session that speaks TLS stays: its keys are in this process's memory. So does a login in progress, until it is done.
+  The lease of a credential stays too, when its session moves (kept_leases.py).
   The admin console ends: it is the new process's to answer.
   This process lives for as long as it has any, and as long as that which it has itself taken over from.
 - Logins that are paused are so in both, and go on in both.
@@ -20,11 +20,12 @@ Strategy:
 import array
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Final, TypeVar
 
 import msgspec
@@ -35,9 +36,11 @@ from pgauthproxy.events import Noticed, Sink
 from pgauthproxy.gateway import cancel
 from pgauthproxy.gateway.moving import HandedOver
 from pgauthproxy.gateway.session import Gateway, Session
+from pgauthproxy.kept_leases import KeptLeases, LeaseElsewhere
 from pgauthproxy.net import listen
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.ops.acts import Pause, Resume, act_on
+from pgauthproxy.stages import Lease
 
 START_SECONDS: Final = 60.0
 """How long a new process may take until it could serve, and then until it does."""
@@ -113,7 +116,31 @@ class TakeSession(Frame, frozen=True):
     session: HandedOver
 
 
-Said = Hello | TakeListening | TakeGateway | TakeSlot | Serving | Resumed | TakeSession | CancelAsked | CancelDone
+class LeaseOver(Frame, frozen=True):
+    """To the process that keeps the lease of a session's credential: the session, by its number, is over."""
+
+    session: int
+
+
+class LeaseEnded(Frame, frozen=True):
+    """From that process: the lease has ended before the session has."""
+
+    session: int
+
+
+Said = (
+    Hello
+    | TakeListening
+    | TakeGateway
+    | TakeSlot
+    | Serving
+    | Resumed
+    | TakeSession
+    | LeaseOver
+    | LeaseEnded
+    | CancelAsked
+    | CancelDone
+)
 _DECODER: Final = msgspec.msgpack.Decoder(Said)
 Taken = TypeVar("Taken", TakeListening, TakeGateway, TakeSlot)
 
@@ -222,7 +249,9 @@ class Relatives:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._questions: dict[Link, CancelQuestions] = {}
-        self._answering: set[asyncio.Task[None]] = set()
+        self._answering: set[asyncio.Task[object]] = set()
+        self._kept: dict[Link, KeptLeases] = {}
+        self._leased: dict[int, LeaseElsewhere] = {}
         gateway.ask_elsewhere = self.ask
 
     async def ask(self, key: bytes, besides: Link | None = None) -> tuple[str, str]:
@@ -241,7 +270,36 @@ class Relatives:
 
     def tell_resumed(self, link: Link, held: asyncio.Event) -> None:
         """Tells the process at the other end once these logins may go on."""
-        task = asyncio.get_running_loop().create_task(self._tell_resumed(held, link))
+        self._do(self._tell_resumed(held, link))
+
+    def keep(self, link: Link, session: int, lease: Lease) -> None:
+        """Keeps the lease of a session that goes to the process at the other end."""
+        kept = self._kept.setdefault(link, KeptLeases(self._gateway.give_back))
+        kept.keep(session, lease, lambda: self._do(link.send(LeaseEnded(session))))
+
+    def lost(self, link: Link, session: int) -> None:
+        """The session did not get there."""
+        if link in self._kept:
+            self._kept[link].over(session)
+
+    async def until_all_is_given_back(self) -> None:
+        """Waits until no lease is kept for another process any more."""
+        for kept in list(self._kept.values()):
+            await kept.until_none()
+
+    def _lease_of(self, handed: HandedOver, link: Link) -> LeaseElsewhere | None:
+        if not handed.is_leased:
+            return None
+
+        async def tell_over() -> None:
+            self._leased.pop(handed.number, None)
+            await link.send(LeaseOver(handed.number))
+
+        lease = self._leased[handed.number] = LeaseElsewhere(tell_over)
+        return lease
+
+    def _do(self, work: Coroutine[None, None, object]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
 
@@ -256,17 +314,23 @@ class Relatives:
             while (received := await link.receive()) is not None:
                 match received:
                     case CancelAsked() as asked, _:
-                        task = asyncio.get_running_loop().create_task(self._answer(link, asked))
-                        self._answering.add(task)
-                        task.add_done_callback(self._answering.discard)
+                        self._do(self._answer(link, asked))
                     case CancelDone() as done, _:
                         questions.answered(done)
                     case Resumed(), _:
                         act_on(self._gateway, Resume())
                     case TakeSession(session), [client, target]:
-                        await Session.take_up(self._gateway, session, _connected(client), _connected(target))
+                        lease = self._lease_of(session, link)
+                        await Session.take_up(self._gateway, session, _connected(client), _connected(target), lease)
+                    case LeaseOver(number), _ if link in self._kept:
+                        self._kept[link].over(number)
+                    case LeaseEnded(number), _ if number in self._leased:
+                        self._leased[number].end()
         finally:
             del self._questions[link]
+            if link in self._kept:
+                # Its sessions are gone with it.
+                self._kept[link].over_all()
             questions.give_up("the other process is gone")
             link.close()
 
@@ -330,7 +394,7 @@ async def hand_over(relatives: Relatives, gateway: Gateway, link: Link, sink: Si
     """Hands over what can be, and is the successor's relative for as long as that is there."""
     attending = asyncio.get_running_loop().create_task(relatives.attend(link))
     try:
-        await _hand_over_sessions(gateway, link, lambda: not attending.done(), sink)
+        await _hand_over_sessions(relatives, gateway, link, lambda: not attending.done(), sink)
         await attending
     finally:
         attending.cancel()
@@ -380,7 +444,9 @@ async def until_exited(pid: int) -> None:
     await exited.wait()
 
 
-async def _hand_over_sessions(gateway: Gateway, link: Link, is_there: Callable[[], bool], sink: Sink) -> None:
+async def _hand_over_sessions(
+    relatives: Relatives, gateway: Gateway, link: Link, is_there: Callable[[], bool], sink: Sink
+) -> None:
     """Hands over all sessions that can be, some of them later; returns when there are none, or no successor: then
     those that are left go on here."""
 
@@ -395,12 +461,13 @@ async def _hand_over_sessions(gateway: Gateway, link: Link, is_there: Callable[[
             if not session.can_move or not is_there():
                 continue
             try:
-                is_sent = await session.hand_over(send)
+                is_sent = await session.hand_over(send, functools.partial(relatives.keep, link))
             except OSError:
                 # No descriptor is free at the moment.
                 break
             if not is_sent:
                 sink(Noticed("error", "session lost: the new process is gone", (("session", session.id),)))
+                relatives.lost(link, session.number)
                 return
             count += 1
         if count:

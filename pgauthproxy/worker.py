@@ -213,15 +213,20 @@ class Worker:
             await self._wait_for_end(min(1.0, self.reloads.settings.close_timeout))
         self.gateway.denials.flush()
         self.gateway.targets.warm.close()
-        if self.gateway.releasing:
-            await asyncio.wait(self.gateway.releasing, timeout=RELEASE_SECONDS)
+        await self.until_all_is_released()
         await self.reloads.close()
 
+    async def until_all_is_released(self) -> None:
+        """Waits for what sessions have given back to arrive."""
+        if self.gateway.releasing:
+            await asyncio.wait(self.gateway.releasing, timeout=RELEASE_SECONDS)
+
     async def until_told(self, task: "asyncio.Task[None]") -> None:
-        """Waits for a task, but no longer than until this worker is told to drain."""
+        """Waits for a task, but no longer than until this worker is told to drain; then it is cancelled."""
         told = asyncio.get_running_loop().create_task(self._told.wait())
         self._told.clear()
         await asyncio.wait([task, told], return_when=asyncio.FIRST_COMPLETED)
+        task.cancel()
         told.cancel()
 
     async def close(self) -> None:

@@ -37,6 +37,8 @@ class HandedOver(msgspec.Struct, frozen=True):
     watched: Watched | None = None
     observed: bytes | None = None
     """What its observer knows, if it has one."""
+    is_leased: bool = False
+    """Whether its credential is on loan, which the process that it comes from keeps."""
     is_audited: bool = False
     """Whether what the client says is recorded."""
 

@@ -474,17 +474,17 @@ class Session:
     def can_move(self) -> bool:
         """Whether another process could go on with it.
 
-        Not with one that speaks TLS or has a credential on lease, nor while its cancel request is on its way.
+        Not with one that speaks TLS, nor while its cancel request is on its way.
         """
         client, target = self._client_end, self._target_end
         if client is None or target is None or self._reason is not None or self.cancelling:
             return False
-        return self._lease is None and client.can_leave and target.can_leave
+        return client.can_leave and target.can_leave
 
-    async def hand_over(self, send: SendHandedOver) -> bool:
+    async def hand_over(self, send: SendHandedOver, keep: Callable[[int, Lease], object]) -> bool:
         """Ends the session here, so that another process may go on with it. False if that process is gone.
 
-        It `can_move`.
+        It `can_move`. If its credential is on loan, `keep` gets the lease, with the session's number.
         """
         client, target = self._client_end, self._target_end
         assert client is not None  # noqa: S101 (it can move)
@@ -511,8 +511,12 @@ class Session:
                 target=(target.received, target.tail, target.unsent),
                 watched=None if self._watch is None else self._watch.watched,
                 observed=None if observer is None else observer.state,
+                is_leased=self._lease is not None,
                 is_audited=observer is not None and observer.tells_statements,
             )
+            if self._lease is not None:
+                keep(self.number, self._lease)
+                self._lease = None
             is_sent = await send(handed, (descriptors[0], descriptors[1]))
         # Not before: until the other process knows them, cancel requests are for this one.
         self._gateway.keys.forget(self.cancel_key)
@@ -521,12 +525,15 @@ class Session:
         return is_sent
 
     @classmethod
-    async def take_up(cls, gateway: Gateway, handed: HandedOver, client: socket.socket, target: socket.socket) -> None:
-        """Goes on with a session of another process."""
+    async def take_up(
+        cls, gateway: Gateway, handed: HandedOver, client: socket.socket, target: socket.socket, lease: Lease | None
+    ) -> None:
+        """Goes on with a session of another process. `lease` is that of its credential, if it is on loan."""
         self = cls(gateway, handed.number, is_taken_up=True)
         self._identity = handed.identity
         identity = msgspec.msgpack.decode(handed.identity, type=Identity)
         self._place = gateway.limits.take_up(identity.user, identity.address)
+        self._lease = lease
         self._began = handed.began
         self.cancel_key, self.target_key, self.reached = handed.cancel_key, handed.target_key, handed.reached
         gateway.keys.take_up(self)
@@ -561,6 +568,8 @@ class Session:
         if handed.watched is not None:
             self._watch = Watch.take_up(handed.watched, followed)
             self._keep_watch()
+        if lease is not None:
+            lease.watch(self._lease_ended)
 
     def target_finished(self) -> None:
         """The target has said its last word: an `End` reports it."""

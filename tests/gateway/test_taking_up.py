@@ -64,7 +64,7 @@ def test_it_ends_as_any_other_does(lost: str, reason: CloseReason | None) -> Non
     async def take_up() -> None:
         over = asyncio.Event()
         gateway.idle = over.set
-        await Session.take_up(gateway, HANDED_OVER, client, target)
+        await Session.take_up(gateway, HANDED_OVER, client, target, None)
         await asyncio.wait_for(over.wait(), SECONDS)
 
     with client_peer, target_peer:

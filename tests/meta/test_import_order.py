@@ -28,7 +28,7 @@ LAYOUT = [
     "ops.snapshot ops.counts ops.acts ops.metrics ops.history ops.view ops.http ops.page ops.admin",
     "config.schema config.load config.reference",
     "ops.console",
-    "kinds build shared_counts program control whole slots passing neighbours",
+    "kinds build shared_counts program control whole slots passing neighbours kept_leases",
     "upgrade operators reload process worker alone supervised supervisor trial top",
     "throwaway demo",
     "terminal users_command",

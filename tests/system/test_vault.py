@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import ssl
 import threading
@@ -24,8 +25,17 @@ from aiohttp import web
 
 from pgauthproxy.proto.scram import Verifier
 from pgauthproxy.throwaway import ThrowawayPostgres
-from tests.conftest import Gateway, StartGateway, WriteAuthenticator
-from tests.system.conftest import NOT_LOADED, Run, assert_one_clear_line, new_user, refusal, reload, wait_until
+from tests.conftest import WAIT_SECONDS, Gateway, StartGateway, WriteAuthenticator, is_alive
+from tests.system.conftest import (
+    NOT_LOADED,
+    Run,
+    Upgradable,
+    assert_one_clear_line,
+    new_user,
+    refusal,
+    reload,
+    wait_until,
+)
 from tests.tls import Authority, server_context
 from tests.tokens import AUDIENCE, ISSUER, Issuer
 from tests.wire import RawClient, ScriptedTarget, password, startup
@@ -305,6 +315,68 @@ def test_a_lease_is_renewed_as_long_as_its_session_lives(start: Start, vault: Va
     assert is_served(gateway)
     wait_until_given_back(vault, 2)
     assert set(vault.renewed[:renewals]) == {vault.revoked[0]}
+
+
+UpgradableWithVault = Callable[..., Upgradable]
+
+
+@pytest.fixture
+def start_before_upgrades(start: Start) -> Iterator[UpgradableWithVault]:
+    """The same, for gateways that other processes take over from."""
+    started: list[Upgradable] = []
+
+    def begin(**settings: Any) -> Upgradable:
+        started.append(Upgradable(start(**settings)))
+        return started[-1]
+
+    yield begin
+    for upgradable in started:
+        upgradable.stop()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_session_moves_and_its_lease_is_renewed_and_given_back_by_the_process_that_has_made_it(
+    start_before_upgrades: UpgradableWithVault, vault: Vault, workers: int
+) -> None:
+    vault.lease_seconds = 0.6
+    upgradable = start_before_upgrades(workers=workers)
+    with connected(upgradable.gateway) as session:
+        for _ in range(2):
+            upgradable.upgrade()
+        wait_until(lambda: len(upgradable.gateway.log_lines("sessions handed over")) == 2, "the session to move twice")
+        renewals = len(vault.renewed)
+        wait_until(lambda: len(vault.renewed) >= renewals + 3, "three renewals")
+        assert session.execute("select 42").fetchone() == (42,)
+        assert vault.revoked == []
+        assert all(map(is_alive, upgradable.pids))
+    wait_until_given_back(vault)
+    upgradable.wait_until_moved()
+    assert is_served(upgradable.gateway)
+
+
+def test_a_session_that_has_moved_ends_with_its_lease(start_before_upgrades: UpgradableWithVault, vault: Vault) -> None:
+    vault.lease_seconds = 0.6
+    upgradable = start_before_upgrades()
+    with connected(upgradable.gateway) as session:
+        upgradable.upgrade()
+        upgradable.gateway.wait_for("sessions handed over")
+        vault.leases.clear()
+        assert ENDED in ended(session)
+    upgradable.wait_until_moved()
+    assert upgradable.gateway.wait_for("session ended")["why"] == "lease of the credential ended"
+    assert vault.revoked == []
+
+
+def test_leases_of_a_process_that_is_killed_are_given_back_by_the_one_before(
+    start_before_upgrades: UpgradableWithVault, vault: Vault
+) -> None:
+    upgradable = start_before_upgrades()
+    with connected(upgradable.gateway):
+        upgradable.upgrade()
+        upgradable.gateway.wait_for("sessions handed over")
+        os.kill(upgradable.pids[-1], signal.SIGKILL)
+        wait_until_given_back(vault)
+        upgradable.gateway.process.wait(WAIT_SECONDS)
 
 
 def ended(session: psycopg.Connection[Any]) -> str:
