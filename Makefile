@@ -14,7 +14,7 @@ demo: $(VENV)/demo.stamp
 # What fails beside others is tried once more, alone: a fault of the program fails twice, a machine that was too busy
 # for a time-out does not.
 test: $(VENV)/test.stamp
-	$(VENV)/bin/pytest -q -n 3 || { [ $$? = 1 ] && $(VENV)/bin/pytest -q --last-failed; }
+	$(VENV)/bin/pytest -q -n 2 || { [ $$? = 1 ] && $(VENV)/bin/pytest -q --last-failed; }
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .

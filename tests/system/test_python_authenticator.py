@@ -45,7 +45,8 @@ lock = threading.Lock()
 
 
 def note(name, text):
-    new = HERE / (name + ".new")
+    # Several threads may note the same at once.
+    new = HERE / f"{name}.{threading.get_ident()}"
     new.write_text(text)
     new.rename(HERE / name)
 
