@@ -1,7 +1,6 @@
 """A worker without a supervisor: it hears signals itself, and can be succeeded (upgrade.py)."""
 
 import asyncio
-import contextlib
 import signal
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.operators import Operators, open_console
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
-from pgauthproxy.pid_file import PidFile, PidFileError
+from pgauthproxy.pid_file import PidFile
 from pgauthproxy.process import announce, fitting, hear_no_more, hear_signals, ignore_warnings, prepare_process
 from pgauthproxy.reload import OneAtATime, Read
 from pgauthproxy.service import Service
@@ -25,12 +24,10 @@ from pgauthproxy.upgrade import (
     Serving,
     TakeListening,
     UpgradeError,
-    abandon,
-    expect,
     hand_over,
+    offer_all,
     start_successor,
     take_listening,
-    until_exited,
     when_exited,
 )
 from pgauthproxy.worker import Place, Worker
@@ -153,31 +150,12 @@ class _Alone:
         except UpgradeError as error:
             self._failed(error)
             return
-        if self._worker.is_draining:
-            abandon(pid, link)
-            return
-        self._worker.pause()
         held = self._worker.gateway.held
-        self._pid_file.give_up()
         try:
-            await link.send(
-                TakeListening(
-                    self._worker.generation + 1,
-                    self._worker.removes_files,
-                    tuple(each.proxy_protocol for each in self._worker.listening),
-                    len(self._operators.listening),
-                    is_paused=held is not None,
-                ),
-                [each.fileno() for each in (*self._worker.listening, *self._operators.listening)],
-            )
-            await expect(link, Serving)
+            await offer_all(pid, link, self._offer, self._pid_file, lambda: self._worker.is_draining)
         except UpgradeError as error:
-            abandon(pid, link)
-            # It may have the lock of the file.
-            await until_exited(pid)
-            with contextlib.suppress(PidFileError):
-                self._pid_file.take()
-            self._worker.listen()
+            if not self._worker.is_draining:
+                self._worker.listen()
             self._failed(error)
             return
         self._sink(Noticed("info", "succeeded by another process", (("pid", pid),)))
@@ -191,6 +169,19 @@ class _Alone:
         self._handing_over = asyncio.get_running_loop().create_task(
             hand_over(self._relatives, self._worker.gateway, link, self._sink)
         )
+
+    async def _offer(self, link: Link) -> None:
+        """Offers everything but the sessions; who comes meanwhile waits."""
+        worker = self._worker
+        worker.pause()
+        said = TakeListening(
+            worker.generation + 1,
+            worker.removes_files,
+            tuple(each.proxy_protocol for each in worker.listening),
+            len(self._operators.listening),
+            is_paused=worker.gateway.held is not None,
+        )
+        await link.send(said, [each.fileno() for each in (*worker.listening, *self._operators.listening)])
 
     def _failed(self, error: UpgradeError) -> None:
         self._sink(Noticed("error", "upgrade failed, this process goes on", (("reason", str(error)),)))

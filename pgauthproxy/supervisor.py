@@ -13,7 +13,6 @@ Strategy:
 """
 
 import asyncio
-import contextlib
 import os
 import secrets
 import signal
@@ -52,7 +51,7 @@ from pgauthproxy.ops.acts import Pause, Resume
 from pgauthproxy.ops.audit import AuditSink
 from pgauthproxy.ops.log import LogSink
 from pgauthproxy.passing import CancelPassing
-from pgauthproxy.pid_file import PidFile, PidFileError
+from pgauthproxy.pid_file import PidFile
 from pgauthproxy.process import announce, hear_no_more, hear_signals, prepare_process
 from pgauthproxy.reload import CONFIGURATION, LOADED, NOT_LOADED, OneAtATime, Read, changed_keys, complain, keep_fixed
 from pgauthproxy.service import Service
@@ -64,11 +63,9 @@ from pgauthproxy.upgrade import (
     TakeGateway,
     TakeSlot,
     UpgradeError,
-    abandon,
-    expect,
+    offer_all,
     start_successor,
     take_gateway,
-    until_exited,
     when_exited,
 )
 from pgauthproxy.whole import Part, Whole
@@ -252,33 +249,16 @@ class Supervisor:
                 self._counts.forget_the_dead,
                 len(self._slots),
             )
+            await offer_all(pid, link, self._offer, self._pid_file, lambda: self._is_draining)
         except UpgradeError as error:
-            self._upgrade_failed(error)
-            return
-        if self._is_draining:
-            abandon(pid, link)
-            return
-        self._pid_file.give_up()
-        try:
-            await self._hand_over(link)
-            await expect(link, Serving)
-        except UpgradeError as error:
-            abandon(pid, link)
-            # It may have the lock of the file.
-            await until_exited(pid)
-            with contextlib.suppress(PidFileError):
-                self._pid_file.take()
-            self._upgrade_failed(error)
+            self._sink(Noticed("error", "upgrade failed, this process goes on", (("reason", str(error)),)))
             return
         link.close()
         self._sink(Noticed("info", "succeeded by another process", (("pid", pid),)))
         self._service.hand_to(pid)
         await self._be_succeeded()
 
-    def _upgrade_failed(self, error: UpgradeError) -> None:
-        self._sink(Noticed("error", "upgrade failed, this process goes on", (("reason", str(error)),)))
-
-    async def _hand_over(self, link: Link) -> None:
+    async def _offer(self, link: Link) -> None:
         """Offers everything but the sessions."""
         operators_sockets = [each.fileno() for each in self._operators.listening]
         paused = self._whole.is_paused

@@ -25,7 +25,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Final, TypeVar
 
 import msgspec
@@ -40,6 +40,7 @@ from pgauthproxy.kept_leases import KeptLeases, LeaseElsewhere
 from pgauthproxy.net import listen
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.ops.acts import Pause, Resume, act_on
+from pgauthproxy.pid_file import PidFile, PidFileError
 from pgauthproxy.stages import Lease
 
 START_SECONDS: Final = 60.0
@@ -179,8 +180,7 @@ class Link:
             try:
                 socket.send_fds(self._connection, [packet], descriptors)
             except BlockingIOError:
-                loop = asyncio.get_running_loop()
-                await _wait(loop.add_writer, loop.remove_writer, self._connection)
+                await self.until_writable()
             except OSError:
                 return False
             else:
@@ -224,6 +224,11 @@ class Link:
                 for _, _, passed in ancillary:
                     descriptors.frombytes(passed)
                 return (packet, list(descriptors)) if packet else None
+
+    async def until_writable(self) -> None:
+        """Waits until the other process has read enough for something to be sent, or is gone."""
+        loop = asyncio.get_running_loop()
+        await _wait(loop.add_writer, loop.remove_writer, self._connection)
 
     def close(self) -> None:
         self._connection.close()
@@ -322,6 +327,14 @@ class Relatives:
                     case TakeSession(session), [client, target]:
                         lease = self._lease_of(session, link)
                         await Session.take_up(self._gateway, session, _connected(client), _connected(target), lease)
+                    case TakeSession(session), descriptors:
+                        # The kernel passes none where this process may have no more.
+                        for descriptor in descriptors:
+                            os.close(descriptor)
+                        facts = (("session", f"{session.number:x}"), ("reason", "no descriptors are left for it"))
+                        self._gateway.sink(Noticed("error", "session lost on its way here", facts))
+                        if session.is_leased:
+                            await link.send(LeaseOver(session.number))
                     case LeaseOver(number), _ if link in self._kept:
                         self._kept[link].over(number)
                     case LeaseEnded(number), _ if number in self._leased:
@@ -360,8 +373,8 @@ async def start_successor(
 ) -> tuple[int, Link]:
     """Starts the program that is installed by now; returns once it could serve. Raises UpgradeError.
 
-    It counts in this `ledger`, if there is one (not -1), and is a supervisor if it is to have `workers`. `when_gone` is
-    called should it end before this process does.
+    Nothing is left of it if this fails or is cancelled. It counts in this `ledger`, if there is one (not -1), and is a
+    supervisor if it is to have `workers`. `when_gone` is called should it end before this process does.
     """
     if not hasattr(os, "pidfd_open"):
         raise UpgradeError("this system has no such thing")
@@ -384,10 +397,38 @@ async def start_successor(
     when_exited(pid, collect)
     try:
         await expect(link, Hello)
-    except UpgradeError:
+    except BaseException:
         abandon(pid, link)
         raise
     return pid, link
+
+
+async def offer_all(
+    pid: int, link: Link, offer: Callable[[Link], Awaitable[object]], pid_file: PidFile, is_leaving: Callable[[], bool]
+) -> None:
+    """Has a successor that could serve do so, with what `offer` sends it. Raises UpgradeError: then it is no more.
+
+    Nor is it if this is cancelled. If this process is told to leave meanwhile, so is the successor.
+    """
+    if is_leaving():
+        abandon(pid, link)
+        raise UpgradeError("this process is on its way out")
+    pid_file.give_up()
+    try:
+        await offer(link)
+        await expect(link, Serving)
+    except UpgradeError:
+        abandon(pid, link)
+        # It may have the lock of the file.
+        await until_exited(pid)
+        with contextlib.suppress(PidFileError):
+            pid_file.take()
+        raise
+    except BaseException:
+        abandon(pid, link)
+        raise
+    if is_leaving():
+        os.kill(pid, signal.SIGTERM)
 
 
 async def hand_over(relatives: Relatives, gateway: Gateway, link: Link, sink: Sink) -> None:
@@ -458,6 +499,9 @@ async def _hand_over_sessions(
         count = 0
         for session in list(gateway.sessions):
             session.leave_console()
+            if session.can_move and is_there():
+                # A session stays where it is for as long as the other process does not read.
+                await link.until_writable()
             if not session.can_move or not is_there():
                 continue
             try:

@@ -4,6 +4,7 @@ States, in order: connected, at end of file (`at_eof`), lost. `gone` says that n
 is left to be read.
 """
 
+import abc
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
@@ -26,7 +27,7 @@ Derive = Callable[[Any], Awaitable[object]]
 """Answers the steps that need more than a transport: DeriveKey, Perform."""
 
 
-class Leg(asyncio.BufferedProtocol):
+class Leg(asyncio.BufferedProtocol, abc.ABC):
     """A protocol that collects what it receives until a login asks for it.
 
     It owns a connected, non-blocking socket, which becomes the loop's when there is first something to wait for: what
@@ -243,13 +244,13 @@ class Leg(asyncio.BufferedProtocol):
         self._waiting = asyncio.get_running_loop().create_future()
         return self._waiting
 
+    @abc.abstractmethod
     def gone_fault(self) -> Fault:
         """What it means that this peer left during its login."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def tls_fault(self, error: TlsError) -> Fault:
         """What it means that TLS with this peer came to nothing."""
-        raise NotImplementedError
 
     def hand_over(self) -> tuple[asyncio.Transport, bytes, bool]:
         """Ends the leg: the transport, what nobody has read, and whether it is at its end. `tls` goes with them.
@@ -294,6 +295,10 @@ class TakenUpLeg(Leg):
 
     def gone_fault(self) -> Fault:
         return GatewayFault(CONNECTION_FAILURE, None, "the connection was lost while the session moved")
+
+    def tls_fault(self, error: TlsError) -> Fault:
+        # Sessions that speak TLS do not move.
+        return self.gone_fault()
 
     def get_buffer(self, size_hint: int) -> memoryview:  # type: ignore[override]  # any buffer will do
         return memoryview(self._buffer.space)[:1]

@@ -12,11 +12,12 @@ import uvloop
 from pgauthproxy.auth.admins import AdminsAuthenticator
 from pgauthproxy.build import build_gateway, build_ledger
 from pgauthproxy.config.schema import Settings
-from pgauthproxy.events import CloseReason, Ended, Event
+from pgauthproxy.events import CloseReason, Ended, Event, Noticed
 from pgauthproxy.gateway.moving import HandedOver, Identity
 from pgauthproxy.gateway.session import Session
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Address
+from pgauthproxy.upgrade import LeaseOver, Link, Relatives, Said, TakeSession
 from tests.wire import RESET_ON_CLOSE, SECONDS
 
 NOBODY_ASKS = AdminsAuthenticator({}, Secret(b""))
@@ -78,3 +79,30 @@ def test_it_ends_as_any_other_does(lost: str, reason: CloseReason | None) -> Non
     assert reason is None or ended.reason == reason
     assert gateway.limits.clients == 0
     assert gateway.keys.find(HANDED_OVER.cancel_key) is None
+
+
+def test_one_that_comes_without_its_connections_is_told_of_and_leaves_no_descriptor() -> None:
+    events: list[Event] = []
+    settings = Settings()
+    gateway = build_gateway(settings, NOBODY_ASKS, events.append, build_ledger(settings))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    leased = msgspec.structs.replace(HANDED_OVER, is_leased=True)
+    inside, outside = socket.socketpair()
+
+    async def attend() -> tuple[Said, list[int]] | None:
+        old = Link(ours)
+        attending = asyncio.create_task(Relatives(gateway).attend(Link(theirs)))
+        # As the kernel does it where the limit on descriptors lets only one through.
+        assert await old.send(TakeSession(leased), [inside.fileno()])
+        inside.close()
+        said = await asyncio.wait_for(old.receive(), SECONDS)
+        old.close()
+        await asyncio.wait_for(attending, SECONDS)
+        return said
+
+    with outside:
+        assert uvloop.run(attend()) == (LeaseOver(7), [])
+        outside.settimeout(SECONDS)
+        assert outside.recv(1) == b""
+    assert [event.what for event in events if isinstance(event, Noticed)] == ["session lost on its way here"]
+    assert not gateway.sessions

@@ -752,6 +752,28 @@ def test_what_has_moved_is_inherited_by_no_authenticator(
 # When it fails
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_gateway_that_is_told_to_end_during_an_upgrade_leaves_no_other_process(
+    start_upgradable: StartUpgradable, tmp_path: Path, workers: int
+) -> None:
+    upgradable = start_upgradable(workers=workers)
+    gateway = upgradable.gateway
+    before = gateway.family
+    (tmp_path / "stuck.py").write_text(
+        "import pathlib, time\n"
+        f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "time.sleep(60)\n"
+        "def answer(request):\n    return None\n"
+    )
+    gateway.rewrite(authenticator={"kind": "python", "callable": "stuck:answer", "cmd": []})
+    gateway.process.send_signal(signal.SIGUSR2)
+    wait_until((tmp_path / "begun").exists, "the new process to be stuck")
+    (successor,) = gateway.children - before
+    gateway.process.send_signal(signal.SIGTERM)
+    assert gateway.process.wait(WAIT_SECONDS) == 0
+    wait_until(lambda: not is_alive(successor), "the new process to be gone")
+
+
 def test_a_new_process_that_cannot_start_leaves_the_old_one_as_it_was(upgradable: Upgradable) -> None:
     upgradable.gateway.rewrite(max_clients=0)
     with RawClient(upgradable.port) as client:
