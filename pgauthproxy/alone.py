@@ -9,6 +9,7 @@ import uvloop
 from pgauthproxy.auth.model import Authenticator
 from pgauthproxy.config.schema import Settings
 from pgauthproxy.events import Noticed, ignore
+from pgauthproxy.link import Link, Serving, TakeListening
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.operators import Operators, open_console
 from pgauthproxy.ops.audit import AuditSink
@@ -19,10 +20,7 @@ from pgauthproxy.reload import OneAtATime, Read
 from pgauthproxy.service import Service
 from pgauthproxy.shared_counts import SharedCounts, hold
 from pgauthproxy.upgrade import (
-    Link,
     Relatives,
-    Serving,
-    TakeListening,
     UpgradeError,
     hand_over,
     offer_all,

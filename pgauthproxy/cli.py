@@ -20,6 +20,7 @@ from pgauthproxy.config import load, schema
 from pgauthproxy.config.load import ConfigError, Loaded
 from pgauthproxy.cores import available_cores
 from pgauthproxy.events import Event, Noticed
+from pgauthproxy.link import Link
 from pgauthproxy.net import listen
 from pgauthproxy.ops import privileges
 from pgauthproxy.ops.log import LogSink
@@ -31,7 +32,7 @@ from pgauthproxy.service import Service
 from pgauthproxy.slots import open_slots
 from pgauthproxy.supervisor import WorkersFailedError
 from pgauthproxy.terminal import fail, read_password
-from pgauthproxy.upgrade import TAKE_OVER, Link, UpgradeError
+from pgauthproxy.upgrade import TAKE_OVER, UpgradeError
 from pgauthproxy.users_command import users
 
 

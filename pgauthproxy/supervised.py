@@ -38,6 +38,7 @@ from pgauthproxy.control import (
     Settle,
 )
 from pgauthproxy.events import Noticed, Reloading
+from pgauthproxy.link import Link
 from pgauthproxy.neighbours import Neighbours
 from pgauthproxy.net import listen
 from pgauthproxy.operators import open_console, remove_files
@@ -47,7 +48,7 @@ from pgauthproxy.ops.log import LogSink
 from pgauthproxy.ops.snapshot import Snapshot
 from pgauthproxy.process import ignore_warnings, prepare_process
 from pgauthproxy.shared_counts import hold
-from pgauthproxy.upgrade import Link, Relatives, hand_over
+from pgauthproxy.upgrade import Relatives, hand_over
 from pgauthproxy.worker import Place, Worker
 
 GONE: Final = "the supervisor is gone"

@@ -44,6 +44,7 @@ from pgauthproxy.control import (
     ToWorker,
 )
 from pgauthproxy.events import Noticed, Reloaded, Reloading, ignore, to_all
+from pgauthproxy.link import Link, Serving, TakeGateway, TakeSlot
 from pgauthproxy.net import listen
 from pgauthproxy.net.sockets import StreamSocket
 from pgauthproxy.operators import Operators
@@ -57,17 +58,7 @@ from pgauthproxy.reload import CONFIGURATION, LOADED, NOT_LOADED, OneAtATime, Re
 from pgauthproxy.service import Service
 from pgauthproxy.shared_counts import SharedCounts
 from pgauthproxy.slots import Child, Slot, kill, start_worker
-from pgauthproxy.upgrade import (
-    Link,
-    Serving,
-    TakeGateway,
-    TakeSlot,
-    UpgradeError,
-    offer_all,
-    start_successor,
-    take_gateway,
-    when_exited,
-)
+from pgauthproxy.upgrade import UpgradeError, offer_all, start_successor, take_gateway, when_exited
 from pgauthproxy.whole import Part, Whole
 
 START_SECONDS: Final = 60.0

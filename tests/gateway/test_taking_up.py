@@ -15,9 +15,10 @@ from pgauthproxy.config.schema import Settings
 from pgauthproxy.events import CloseReason, Ended, Event, Noticed
 from pgauthproxy.gateway.moving import HandedOver, Identity
 from pgauthproxy.gateway.session import Session
+from pgauthproxy.link import LeaseOver, Link, Said, TakeSession
 from pgauthproxy.secret import Secret
 from pgauthproxy.stages import Address
-from pgauthproxy.upgrade import LeaseOver, Link, Relatives, Said, TakeSession
+from pgauthproxy.upgrade import Relatives
 from tests.wire import RESET_ON_CLOSE, SECONDS
 
 NOBODY_ASKS = AdminsAuthenticator({}, Secret(b""))

@@ -29,7 +29,7 @@ LAYOUT = [
     "config.schema config.load config.reference",
     "ops.console",
     "kinds build shared_counts program control whole slots passing neighbours kept_leases",
-    "upgrade operators reload process worker alone supervised supervisor trial top",
+    "link upgrade operators reload process worker alone supervised supervisor trial top",
     "throwaway demo",
     "terminal users_command",
     "cli __main__",
